@@ -1,0 +1,93 @@
+# `make help` lists what there is. Everything runs in .venv, which the first command makes.
+
+RECIPE ?= recipes/demo.yaml
+ARGS ?=
+RUNS ?= runs
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+# The first interpreter that the project supports; PYTHON=... chooses another.
+CANDIDATES := python3 python3.13 python3.12 python3.11
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+first_supported = $(shell for name in $(CANDIDATES); do \
+    $$name -c '$(SUPPORTED)' 2>/dev/null && echo $$name && break; done)
+PYTHON ?= $(or $(first_supported),python3)
+
+BIN := .venv/bin
+READY := .venv/.tristage-setup
+CODE := pipeline reward_model policy rollout scripts tests
+
+.DEFAULT_GOAL := help
+# Stages follow one another and share the machine: `make -j` never runs two of them at once.
+.NOTPARALLEL:
+.PHONY: help setup lock upgrade sft rm ppo run doctor demo-data demo-base bench \
+        format lint type test test-all check mutants clean-run
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  RECIPE=$(RECIPE)  ARGS='--ppo.updates 50' changes a recipe key  TRISTAGE_DEVICE=cpu|cuda"
+
+setup: ## make or update .venv (CPU or CUDA, found out by itself)
+	@$(PYTHON) -m scripts.setup_env
+
+$(READY): pyproject.toml constraints.txt overrides.txt
+	@$(PYTHON) -m scripts.setup_env
+
+sft: $(READY) ## stage 1: supervised fine-tuning
+	$(BIN)/tristage sft $(RECIPE) $(ARGS)
+
+rm: sft ## stage 2: reward model on ranked answers
+	$(BIN)/tristage rm $(RECIPE) $(ARGS)
+
+ppo: rm ## stage 3: PPO against the reward model
+	$(BIN)/tristage ppo $(RECIPE) $(ARGS)
+
+run: $(READY) ## the whole pipeline in one command
+	$(BIN)/tristage run $(RECIPE) $(ARGS)
+
+doctor: $(READY) ## versions, devices, engines; what is wrong and how to mend it
+	$(BIN)/tristage doctor
+
+demo-data: $(READY) ## build the demo's data set in data/demo
+	$(BIN)/python -m scripts.demo_data data/demo
+
+demo-base: $(READY) ## pretrain the demo's small base model again
+	$(BIN)/python -m scripts.demo_base $(ARGS)
+
+bench: $(READY) ## rollout speed: vLLM beside transformers
+	$(BIN)/python -m scripts.bench_rollout $(ARGS)
+
+format: $(READY) ## format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+lint: $(READY) ## ruff and the import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+type: $(READY) ## pyright
+	$(BIN)/pyright
+
+test: lint type ## lint, types and the fast tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: test ## what the continuous integration runs
+
+test-all: lint type ## lint, types and every test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+mutants: $(READY) ## break the maths on purpose: every mutant must turn a test red
+	$(BIN)/python -m scripts.mutants $(ARGS)
+
+clean-run: $(READY) ## delete the recipe's run directory
+	$(BIN)/tristage clean $(RECIPE) $(ARGS)
+
+lock: $(READY) ## write what .venv holds to constraints.txt
+	@$(PYTHON) -m scripts.setup_env --lock
+
+upgrade: ## install the newest versions that fit, then write constraints.txt
+	@$(PYTHON) -m scripts.setup_env --upgrade

@@ -1,0 +1,148 @@
+"""`tristage`: the command line. Nothing here imports torch or trl until a stage or a chat starts."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.errors import UserError
+from pipeline.load import dump_recipe, load_recipe
+from pipeline.runner import ORDER, plan, run_directory, run_stage, run_stages
+from pipeline.stage import EXIT_USER_ERROR, disk_message, is_disk_error, print_error
+
+_OVERRIDES = "Any recipe key can be set as `--section.key value`; the command line beats the file."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `tristage` command. Exit code 2 and one paragraph for anything the user can mend."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    options.overrides = rest
+    options.command = ["tristage", *words]
+    try:
+        options.act(options)
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        print_error(disk_message(error, run_directory(load_recipe(options.recipe, rest))))
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tristage",
+        description="RLHF in three stages: sft, rm, ppo. A stage reads artifact directories and writes one.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, text: str, act: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=f"{text} {_OVERRIDES}", allow_abbrev=False)
+        added.set_defaults(act=act)
+        return added
+
+    def with_recipe(added: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added.add_argument("recipe", help="recipe file, such as recipes/demo.yaml")
+        return added
+
+    with_recipe(command("show", "Print the resolved recipe.", _show))
+    with_recipe(command("plan", "Say what would run, be skipped or be refused.", _plan))
+    texts = {
+        "sft": "Supervised fine-tuning on demonstrations.",
+        "rm": "Train the reward model on ranked answers.",
+        "ppo": "PPO against the reward model with a KL penalty.",
+    }
+    for name in ORDER:
+        added = with_recipe(command(name, texts[name], _stage(name)))
+        added.add_argument("--overwrite", action="store_true", help="replace a stage made from something else")
+    added = with_recipe(command("run", "Run the stages in order.", _run))
+    added.add_argument("--stages", default=",".join(ORDER), help="comma-separated, in order (default: %(default)s)")
+    added.add_argument("--overwrite", action="store_true", help="replace stages made from something else")
+    added = with_recipe(command("generate", "Sample responses to the held-out prompts.", _generate))
+    added.add_argument("--policy", default="", help="checkpoint to sample from (default: the PPO stage's)")
+    added.add_argument("--overwrite", action="store_true", help="replace samples made from something else")
+    added = command("chat", "Talk to a policy in the terminal.", _chat)
+    added.add_argument("policy", help="a stage's directory, such as runs/demo/ppo, or a hub id")
+    added.add_argument("--temperature", type=float, default=1.0)
+    added.add_argument("--max-new-tokens", type=int, default=128)
+    command("doctor", "Check versions, devices and engines; say what is wrong and how to mend it.", _doctor)
+    return parser
+
+
+def _show(options: argparse.Namespace) -> None:
+    print(dump_recipe(load_recipe(options.recipe, options.overrides)), end="")  # noqa: T201
+
+
+def _plan(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    table = Table("stage", "reads", "writes", "now", title=f"{recipe.name}: {options.recipe}")
+    words = {"done": "done, will be skipped", "stale": "made from something else: needs --overwrite"}
+    words |= {"stale partial": "unfinished run of something else: needs --overwrite"}
+    for stage in plan(recipe):
+        reads = "\n".join(f"{role}: {path}" for role, path in stage.inputs.items())
+        table.add_row(stage.name, reads, str(stage.out), words.get(stage.state, stage.state))
+    console = Console(highlight=False)
+    console.print(table)
+    ppo = recipe.ppo
+    console.print(
+        f"ppo: {ppo.updates} updates of {ppo.rollout_batch_size} sequences; each {ppo.num_ppo_epochs} epochs x "
+        f"{ppo.num_minibatches} minibatches = {ppo.num_ppo_epochs * ppo.num_minibatches} optimiser steps of "
+        f"{ppo.rollout_batch_size // ppo.num_minibatches} sequences"
+    )
+
+
+def _stage(name: str) -> Callable[[argparse.Namespace], None]:
+    def act(options: argparse.Namespace) -> None:
+        recipe = load_recipe(options.recipe, options.overrides)
+        run_stage(recipe, name, overwrite=options.overwrite, command=options.command, inputs={})
+
+    return act
+
+
+def _run(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    stages = options.stages.split(",")
+    unknown = [name for name in stages if name not in ORDER]
+    if unknown:
+        raise UserError(f"--stages: unknown stage '{unknown[0]}'.", mend=f"Stages are {', '.join(ORDER)}.")
+    run_stages(recipe, stages, overwrite=options.overwrite, command=options.command)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    chosen = {"policy": options.policy} if options.policy else {}
+    run_stage(recipe, "generate", overwrite=options.overwrite, command=options.command, inputs=chosen)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    _no_overrides(options)
+    from pipeline.chat import chat
+
+    chat(options.policy, temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    _no_overrides(options)
+    from pipeline.doctor import doctor
+
+    sys.exit(doctor())
+
+
+def _no_overrides(options: argparse.Namespace) -> None:
+    if options.overrides:
+        raise UserError(f"unknown argument '{shlex.join(options.overrides)}'.", mend="See --help.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The recipe: one YAML file describes one pipeline. Sections, types, bounds and cross-field checks.
+
+Imports pydantic only, so that `tristage show` and `tristage plan` stay instant. `pipeline.load` reads the file and the
+command line into a `Recipe`. Every default of the project lives here, once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+TrainerArguments = dict[str, Any]
+"""Settings of a library trainer under exactly their transformers/TRL names; checked by `pipeline.trl_args`."""
+
+
+class Section(BaseModel):
+    """A recipe section: unknown keys are refused, values are immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Prepare(Section):
+    """A path that a command makes before the first stage that needs it (demo data, converted weights)."""
+
+    makes: str
+    """File or directory that must exist; when it does, the command is not run."""
+    command: str
+    """Command line; `{out}` is a temporary sibling of `makes`, renamed to it once the command has succeeded."""
+
+
+class ModelSection(Section):
+    """The pretrained model that the pipeline starts from."""
+
+    name_or_path: str
+    """Local directory or hub id of a causal language model with its tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_template: str | None = None
+    """Jinja template, or the path of a file that holds one; default: the tokenizer's own."""
+    pad_token: str | None = None
+    """Existing token to pad with, for tokenizers whose pad token is missing or equals the EOS token."""
+
+
+class DataSource(Section):
+    """A data set: a file, a local data set directory or a hub id."""
+
+    path: str
+    split: str = "train"
+    config: str | None = None
+
+
+class DataSection(Section):
+    """What the stages read, how rows are split and how long prompts and responses may be."""
+
+    sft: str | DataSource | None = None
+    """Demonstrations: rows of `text`, `prompt`/`response` or `messages`."""
+    preferences: str | DataSource | None = None
+    """Pairs (`prompt`/`chosen`/`rejected`) or rankings (`prompt`/`responses`/`ranks`)."""
+    prompts: str | DataSource | None = None
+    """Prompts for rollouts and evaluation; default: the prompts of `preferences`."""
+    eval_fraction: Fraction = 0.1
+    """Share of prompts held out, chosen by a hash of the prompt; rows with a `split` column keep theirs."""
+    split_seed: int = 0
+    max_prompt_tokens: Count = 512
+    max_response_tokens: Count = 512
+    long_prompts: Literal["drop", "truncate_left", "error"] = "drop"
+    """What happens to a prompt over `max_prompt_tokens`; whatever it is, it is counted and reported."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What happens to a row that cannot be read; skipped rows are counted and listed in the stage's log."""
+
+
+class SftSection(Section):
+    """Supervised fine-tuning on demonstrations (trl.SFTTrainer)."""
+
+    init_from: str | None = None
+    """Checkpoint to start from; default: `model.name_or_path`."""
+    trainer: TrainerArguments = {}
+    """trl.SFTConfig settings."""
+
+
+class RmSection(Section):
+    """Reward model trained on ranked answers."""
+
+    init_from: str | None = None
+    """Checkpoint to start from; default: the SFT stage's artifact."""
+    loss: Literal["ranking", "plackett_luce"] = "ranking"
+    """`ranking`: all pairs of one prompt (InstructGPT eq. 1); `plackett_luce`: likelihood of the whole ranking."""
+    margin: NonNegative = 0.0
+    """Weight of the rating difference (`margin` or `scores` columns) inside the logistic; 0 turns it off."""
+    centering: NonNegative = 0.0
+    """Weight of the squared sum of a pair's scores, which keeps their mean near zero."""
+    normalisation_samples: Count = 512
+    """SFT responses that are scored to fix the mean and standard deviation which PPO normalises with."""
+    trainer: TrainerArguments = {}
+    """trl.RewardConfig settings."""
+
+
+class PpoSection(Section):
+    """Proximal policy optimisation against the reward model, with a KL penalty to the reference."""
+
+    policy: str | None = None
+    """Checkpoint of the initial policy, which is also the frozen reference; default: the SFT stage's artifact."""
+    reward_model: str | None = None
+    """Reward model directory; default: the RM stage's artifact."""
+    updates: Count = 100
+    """Rollout batches sampled and learnt from."""
+    rollout_batch_size: Count = 64
+    """Sequences sampled per update."""
+    num_ppo_epochs: Count = 4
+    """Passes over each rollout batch."""
+    num_minibatches: Count = 1
+    """Optimiser steps per pass: each minibatch is one step of rollout_batch_size / num_minibatches sequences."""
+    max_tokens_per_micro_batch: Count = 16384
+    """Padded tokens in one forward; bounds memory, never changes the result."""
+    learning_rate: Positive = 3e-6
+    critic_learning_rate: Positive = 1e-5
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    """`linear` decays to zero over all updates."""
+    adam_epsilon: Positive = 1e-5
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    cliprange: Positive = 0.2
+    cliprange_value: Positive | None = 0.2
+    """Clip of the value function's change; null turns it off."""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    kl_coef: NonNegative = 0.05
+    """Weight of the per-token KL penalty; with a target, its initial value."""
+    kl_target_per_sequence: Positive | None = None
+    """Nats per sequence that the adaptive controller steers to; null keeps `kl_coef` fixed."""
+    kl_horizon: Positive = 10000.0
+    """Sequences over which the adaptive controller moves `kl_coef`."""
+    score_clip: Positive | None = 10.0
+    """Normalised scores are clipped to plus or minus this; null turns it off."""
+    missing_eos_penalty: NonNegative = 1.0
+    """Subtracted from the normalised score of a response that was cut off before its EOS."""
+    critic_head: Literal["reward_model", "zero"] = "reward_model"
+    """Initial value head: the reward model's own, or zeros."""
+    eval_every: Count = 20
+    """Updates between held-out evaluations."""
+    save_every: Count = 20
+    """Updates between saves of the whole training state."""
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> PpoSection:
+        if self.rollout_batch_size % self.num_minibatches:
+            raise ValueError(
+                f"rollout_batch_size ({self.rollout_batch_size}) is not a multiple of "
+                f"num_minibatches ({self.num_minibatches}); make it one, so that every optimiser step "
+                "sees the same number of sequences"
+            )
+        return self
+
+
+class RolloutSection(Section):
+    """How responses are sampled."""
+
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """`auto` is vLLM, or transformers with a notice where vLLM cannot be imported."""
+    temperature: Positive = 1.0
+    """Sampling temperature; every log-probability of the pipeline is taken at it."""
+    kv_cache_gib: Positive = 0.25
+    """vLLM's key-value cache on a CPU, in GiB."""
+    gpu_memory_utilization: Fraction = 0.3
+    """Share of the GPU's memory that vLLM may use beside the trainer."""
+    logprob_tolerance: Positive = 1e-4
+    """Largest gap between the engine's and the trainer's log-probabilities in float32 before the run stops."""
+
+
+class Judge(Section):
+    """An independent score of a response: a Python function called with lists of prompts and responses."""
+
+    function: str
+    """`module:function`, importable from the working directory."""
+    kwargs: dict[str, Any] = {}
+
+
+class EvalSection(Section):
+    """Held-out evaluation of policies."""
+
+    judges: dict[str, Judge] = {}
+    prompts: Count = 256
+    """Held-out prompts used; fewer when the data has fewer."""
+    samples_per_prompt: Count = 4
+    shown_samples: Count = 6
+    """Fixed prompts whose generations are kept at every evaluation."""
+
+
+class TrackingSection(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "tristage"
+    progress: bool = True
+    """Progress display on a terminal; plain lines elsewhere."""
+
+
+class Recipe(Section):
+    """One pipeline: its name, where it is written, and a section per stage."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    output_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    prepare: tuple[Prepare, ...] = ()
+    model: ModelSection
+    data: DataSection = DataSection()
+    sft: SftSection = SftSection()
+    rm: RmSection = RmSection()
+    ppo: PpoSection = PpoSection()
+    rollout: RolloutSection = RolloutSection()
+    eval: EvalSection = EvalSection()
+    tracking: TrackingSection = TrackingSection()

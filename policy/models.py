@@ -1,0 +1,141 @@
+"""The only `from_pretrained` of the policy packages: policies, the frozen reference and the value model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import UserError
+from policy.tensors import TokenScores, logprobs_from_hidden, position_ids, shifted_response_hidden
+from reward_model.score import backbone_and_head, load_reward_model
+from rollout.batch import RolloutBatch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROBE_TOLERANCE = 1e-2
+
+
+def load_policy(path: str | Path, dtype: str) -> PreTrainedModel:
+    """A causal language model in `dtype`, on the CPU.
+
+    Errors:
+        UserError: `path` holds no causal language model.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no causal language model could be loaded from {path}: {error}",
+            mend="Check the path or hub id, and that the directory holds config.json and weights.",
+        ) from error
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0, so that a forward in training mode is deterministic.
+
+    With dropout on, the first ratio of an update is not 1 (vwxyzjn/summarize_from_feedback_details, `disable_dropout`).
+    Attention reads its probability as a plain attribute in transformers, so those are set too.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(vars(module).get("attention_dropout"), float):
+            module.attention_dropout = 0.0
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Writes weights, configuration and tokenizer so that `from_pretrained(directory)` works as it is.
+
+    The generation configuration names the special tokens only: sampling settings belong to the recipe.
+    """
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def response_scores(
+    model: PreTrainedModel, batch: RolloutBatch, temperature: float, *, with_entropy: bool = True
+) -> TokenScores:
+    """Log-probabilities and entropies [B,R] of the response tokens under `model` at `temperature`.
+
+    Runs the trunk once and projects response positions only: [B,S,V] logits never exist.
+    """
+    hidden = _trunk(model, batch)
+    hidden = shifted_response_hidden(hidden, batch.prompt_ids.shape[1], batch.response_ids.shape[1])
+    mask = batch.response_mask
+    head = model.get_output_embeddings()
+    scores = logprobs_from_hidden(
+        hidden[mask],
+        head.weight,
+        batch.response_ids[mask],
+        bias=head.bias if isinstance(head, nn.Linear) else None,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    empty = torch.zeros(mask.shape, dtype=scores.logprobs.dtype, device=mask.device)
+    return TokenScores(empty.masked_scatter(mask, scores.logprobs), empty.masked_scatter(mask, scores.entropy))
+
+
+def check_projection(model: PreTrainedModel, path: str | Path) -> None:
+    """Refuses models whose logits are not `hidden @ weight + bias` (soft-capped or scaled heads).
+
+    Their log-probabilities would be wrong in `response_scores`; a probe of a few tokens tells.
+    """
+    ids = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.config.vocab_size
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits.float()
+        got = head(model.base_model(input_ids=ids).last_hidden_state).float()
+    if not torch.allclose(wanted, got, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE):
+        raise UserError(
+            f"ppo.policy: {path} ({type(model).__name__}) changes its logits after the output projection.",
+            mend="Use an architecture with a plain output head, such as Llama, Qwen2, Mistral or GPT-NeoX.",
+        )
+
+
+class ValueModel(nn.Module):
+    """The critic: a sequence classifier's trunk and scalar head, read before every response token.
+
+    The outputs pass through the same affine map (score - mean) / std as the reward model's scores, so that a critic
+    started from the reward model predicts normalised scores from the first update on.
+    """
+
+    def __init__(self, model: PreTrainedModel, mean: float, std: float) -> None:
+        super().__init__()
+        self.model = model
+        self.mean, self.std = mean, std
+
+    def forward(self, batch: RolloutBatch) -> Tensor:
+        """Values [B,R] in float32: entry t is the value of the state before response token t."""
+        _, head = backbone_and_head(self.model)
+        hidden = _trunk(self.model, batch)
+        hidden = shifted_response_hidden(hidden, batch.prompt_ids.shape[1], batch.response_ids.shape[1])
+        values = head(hidden).squeeze(-1).float()
+        return ((values - self.mean) / self.std) * batch.response_mask
+
+
+def load_value_model(
+    path: str | Path, dtype: str, *, mean: float, std: float, head: Literal["reward_model", "zero"]
+) -> ValueModel:
+    """A critic started from the reward model at `path`, its head kept or set to zero."""
+    model = load_reward_model(path, DTYPES[dtype], "cpu")
+    model.requires_grad_(True)
+    if head == "zero":
+        nn.init.zeros_(backbone_and_head(model)[1].weight)
+        mean, std = 0.0, 1.0
+    disable_dropout(model)
+    return ValueModel(model, mean, std)
+
+
+def _trunk(model: PreTrainedModel, batch: RolloutBatch) -> Tensor:
+    mask = batch.attention_mask
+    return model.base_model(
+        input_ids=batch.input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+    ).last_hidden_state

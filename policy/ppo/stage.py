@@ -1,0 +1,287 @@
+"""STAGE ppo: proximal policy optimisation against the reward model, one readable loop.
+
+Each update: sample responses from the current policy, score them, compute advantages, optimise policy and critic,
+push the new weights into the rollout engine. `python -m policy.ppo.stage runs/<name>/ppo.partial`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from pipeline.data import load_prompts
+from pipeline.errors import UserError
+from pipeline.evaluation.judges import load_judges
+from pipeline.evaluation.summary import summarise
+from pipeline.recipe import Recipe
+from pipeline.stage import Stage, stage_main
+from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts, load_tokenizer, tokenizer_sha256
+from policy.models import check_projection, disable_dropout, load_policy, load_value_model, save_model
+from policy.ppo.experience import Experience, Roles, check_engine, make_experience
+from policy.ppo.held_out import HeldOut, load_report, report_metrics, save_report
+from policy.ppo.maths import AdaptiveKLController, FixedKLController, explained_variance
+from policy.ppo.state import load_newest_state, save_state
+from policy.ppo.update import Learner, ppo_update
+from reward_model.score import load_reward_model, read_normalisation
+from rollout.batch import RolloutBatch
+from rollout.engine import RolloutEngine, SamplingOptions
+from rollout.open import open_engine
+
+SHOWN = ("objective/scores", "objective/kl", "policy/entropy_avg", "response/length", "response/eos_rate")
+
+
+@dataclass
+class Run:
+    """Everything the loop works with."""
+
+    stage: Stage
+    roles: Roles
+    learner: Learner
+    controller: FixedKLController
+    engine: RolloutEngine
+    encoder: Encoder
+    prompts: list[EncodedPrompt]
+    held_out: HeldOut
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.stage.recipe
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the block's wall seconds to `seconds[phase]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Trains the policy and writes it with its critic, evaluations and summary."""
+    ppo = stage.recipe.ppo
+    training = set_up(stage)
+    with closing(training.engine), stage.progress(ppo.updates, "ppo") as progress:
+        done = resume(training)
+        for update in range(done + 1, ppo.updates + 1):
+            training.seconds = {}
+            with training.timed("rollout"):
+                batch = sample(training, update)
+            with training.timed("experience"):
+                experience = make_experience(training.roles, batch, ppo, training.controller.kl_coef)
+                gap = check_engine(experience, stage.recipe, update, training.engine.name)
+            with training.timed("update"):
+                losses = ppo_update(training.roles, training.learner, experience, ppo)
+            with training.timed("sync"):
+                training.engine.load_weights(training.roles.policy.state_dict().items())
+            metrics = summarise_update(training, experience, losses, gap)
+            training.controller.update(metrics["objective/kl"], ppo.rollout_batch_size)
+            stage.tracker.log(update, metrics)
+            progress.update(update, {key.rpartition("/")[2]: metrics[key] for key in SHOWN})
+            if update % ppo.eval_every == 0 or update == ppo.updates:
+                evaluate(training, update)
+            if update % ppo.save_every == 0 and update < ppo.updates:
+                save_state(stage.state, update, training.roles, training.learner, training.controller)
+    return finish(training)
+
+
+def set_up(stage: Stage) -> Run:
+    """Loads data, the four models and the engine; refuses what would train garbage before any model is loaded."""
+    recipe, ppo = stage.recipe, stage.recipe.ppo
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("the ppo stage runs in one process.", mend="Start it with `tristage ppo`.")
+    policy_input, reward_input = stage.inputs["policy"], stage.inputs["reward_model"]
+    tokenizer = load_tokenizer(policy_input.path, recipe.model)
+    if tokenizer_sha256(tokenizer) != reward_input.manifest.get("tokenizer_sha256"):
+        raise UserError(
+            f"the reward model {reward_input.path} was trained with another tokenizer than the policy "
+            f"{policy_input.path}; token ids would mean different text to the two.",
+            mend="Train the reward model from this policy's SFT checkpoint, or set ppo.policy to its own.",
+        )
+    stage.record_tokenizer(tokenizer)
+    normalisation = read_normalisation(reward_input)
+    judges = load_judges(recipe.eval)
+    encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
+    train, held_out = _prompts(stage, encoder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(policy_input.path, "float32").to(device)
+    check_projection(policy, policy_input.path)
+    reference = load_policy(policy_input.path, "float32").to(device).requires_grad_(False)
+    critic = load_value_model(
+        reward_input.path, "float32", mean=normalisation.mean, std=normalisation.std, head=ppo.critic_head
+    ).to(device)
+    disable_dropout(policy)
+    disable_dropout(reference)
+    roles = Roles(
+        policy=policy.eval(),
+        reference=reference.eval(),
+        critic=critic.eval(),
+        reward_model=load_reward_model(reward_input.path, torch.float32, device),
+        normalisation=normalisation,
+        temperature=recipe.rollout.temperature,
+        max_tokens=ppo.max_tokens_per_micro_batch,
+        autocast=partial(torch.autocast, device.type, torch.bfloat16) if recipe.model.dtype == "bfloat16" else nullcontext,
+    )
+    if ppo.kl_target_per_sequence is None:
+        controller = FixedKLController(ppo.kl_coef)
+    else:
+        controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target_per_sequence, ppo.kl_horizon)
+    engine = open_engine(recipe, _engine_directory(stage, roles, encoder), stage.say)
+    stage.record(engine={"name": engine.name, "version": engine.version})
+    _say_arithmetic(stage, roles, engine)
+    return Run(
+        stage=stage,
+        roles=roles,
+        learner=Learner.create(roles, ppo, recipe.seed),
+        controller=controller,
+        engine=engine,
+        encoder=encoder,
+        prompts=train,
+        held_out=HeldOut(held_out, encoder, judges, recipe),
+    )
+
+
+def resume(training: Run) -> int:
+    """Restores the newest saved state and returns the number of updates done; a fresh run evaluates SFT first."""
+    stage = training.stage
+    done = load_newest_state(stage.state, training.roles, training.learner, training.controller)
+    stage.tracker.rewind(-1 if done is None else done)
+    if done is None:
+        evaluate(training, 0)
+        return 0
+    training.engine.load_weights(training.roles.policy.state_dict().items())
+    stage.say(f"resumed after update {done} of {stage.recipe.ppo.updates}")
+    return done
+
+
+def sample(training: Run, update: int) -> RolloutBatch:
+    """Responses of the current policy to this update's prompts; order and seeds depend on the update alone."""
+    recipe, size = training.recipe, training.recipe.ppo.rollout_batch_size
+    chosen = prompt_indices(len(training.prompts), size, update, recipe.seed)
+    prompts = [training.prompts[index].ids for index in chosen]
+    seeds = numpy.random.SeedSequence((recipe.seed, update)).generate_state(size).tolist()
+    sampling = SamplingOptions(recipe.data.max_response_tokens, recipe.rollout.temperature)
+    completions = training.engine.generate(prompts, sampling, seeds)
+    return RolloutBatch.from_completions(prompts, completions, training.encoder.pad_token_id)
+
+
+def prompt_indices(prompts: int, size: int, update: int, seed: int) -> list[int]:
+    """Which prompts update number `update` (from 1) uses: consecutive slices of one fresh permutation per pass."""
+    chosen = []
+    for position in range((update - 1) * size, update * size):
+        epoch, place = divmod(position, prompts)
+        chosen.append(int(_permutation(prompts, epoch, seed)[place]))
+    return chosen
+
+
+def summarise_update(
+    training: Run, experience: Experience, losses: dict[str, float], gap: tuple[float, float]
+) -> dict[str, float]:
+    """The update's row of metrics.jsonl, under the names of trl's PPOTrainer; all means are masked."""
+    mask = experience.batch.response_mask
+    lengths = mask.sum(1).float()
+    kl = experience.kl.sum(1).mean().item()
+    scores = experience.shaped_scores.mean().item()
+    penalty = training.controller.kl_coef * kl
+    seconds = {f"time/{phase}": value for phase, value in training.seconds.items()}
+    return {
+        "objective/scores": scores,
+        "objective/raw_scores": experience.scores.mean().item(),
+        "objective/kl": kl,
+        "objective/non_score_reward": -penalty,
+        "objective/rlhf_reward": scores - penalty,
+        "objective/entropy": -(experience.old_logprobs * mask).sum(1).mean().item(),
+        "objective/kl_coef": training.controller.kl_coef,
+        **losses,
+        "val/explained_variance": explained_variance(experience.values, experience.returns, mask).item(),
+        "response/length": lengths.mean().item(),
+        "response/eos_rate": experience.batch.finished.float().mean().item(),
+        "rollout/max_logprob_gap": gap[0],
+        "rollout/mean_probability_gap": gap[1],
+        "lr/policy": training.learner.policy_schedule.get_last_lr()[0],
+        "time/rollout_tokens_per_second": lengths.sum().item() / training.seconds["rollout"],
+        **seconds,
+    }
+
+
+def evaluate(training: Run, update: int) -> None:
+    """Held-out evaluation: numbers into metrics.jsonl, a fixed set of generations into samples.jsonl."""
+    stage = training.stage
+    report = training.held_out.evaluate(training.roles, training.engine)
+    save_report(stage.out, update, report)
+    stage.tracker.log(update, report_metrics(report))
+    shown = report.rows[:: report.samples_per_prompt][: stage.recipe.eval.shown_samples]
+    stage.tracker.samples(update, shown)
+    numbers = {**{name: e.mean for name, e in report.judges.items()}, "kl": report_metrics(report)["eval/kl"]}
+    stage.say(f"held out after update {update}: " + "  ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+
+
+def finish(training: Run) -> dict[str, Any]:
+    """Saves policy and critic, compares with SFT, prints and writes the summary; returns the final metrics."""
+    stage, recipe = training.stage, training.recipe
+    before, after = load_report(stage.out, 0), load_report(stage.out, recipe.ppo.updates)
+    dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
+    save_model(training.roles.policy.to(dtype), training.encoder.tokenizer, stage.out)
+    save_model(training.roles.critic.model.to(dtype), training.encoder.tokenizer, stage.out / "critic")
+    summary = summarise(before, after, shown=recipe.eval.shown_samples, seed=recipe.seed)
+    stage.console.print(summary)
+    (stage.out / "summary.md").write_text(summary.markdown(), encoding="utf-8")
+    stage.say(f"try it: tristage chat {stage.out.with_name(stage.name)}")
+    differences = {name: estimate._asdict() for name, estimate in summary.differences.items()}
+    return {"updates": recipe.ppo.updates, "difference": differences, **report_metrics(after)}
+
+
+def _prompts(stage: Stage, encoder: Encoder) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+    data = stage.recipe.data
+    split = load_prompts(data)
+    train, train_lengths = encode_prompts(split.train, encoder, data)
+    held_out, held_out_lengths = encode_prompts(split.eval, encoder, data)
+    for line in [*split.lines(), *train_lengths.lines()]:
+        stage.say(line)
+    if not train or not held_out:
+        raise UserError(
+            "data.prompts: no prompt is left for training or evaluation.", mend="Raise data.max_prompt_tokens."
+        )
+    lengths = {"train": train_lengths.as_dict(), "eval": held_out_lengths.as_dict()}
+    stage.record(data={"prompts": split.report}, lengths=lengths)
+    return train, held_out[: stage.recipe.eval.prompts]
+
+
+@lru_cache(maxsize=2)
+def _permutation(prompts: int, epoch: int, seed: int) -> numpy.ndarray:
+    return numpy.random.default_rng((seed, epoch)).permutation(prompts)
+
+
+def _engine_directory(stage: Stage, roles: Roles, encoder: Encoder) -> Path:
+    """A directory that the engine can start from; a policy from a hub is saved first."""
+    path = Path(stage.inputs["policy"].path)
+    if path.is_dir():
+        return path
+    directory = stage.state / "engine"
+    save_model(roles.policy, encoder.tokenizer, directory)
+    return directory
+
+
+def _say_arithmetic(stage: Stage, roles: Roles, engine: RolloutEngine) -> None:
+    ppo = stage.recipe.ppo
+    size = sum(p.numel() for p in roles.policy.parameters()) / 1e6
+    stage.say(f"policy {size:.1f}M parameters, rollouts by {engine.name} {engine.version}")
+    stage.say(f"critic starts from the reward model, its head {'kept' if ppo.critic_head == 'reward_model' else 'zero'}")
+    stage.say(
+        f"1 update = {ppo.rollout_batch_size} sequences, {ppo.num_ppo_epochs} epochs x {ppo.num_minibatches} "
+        f"minibatches = {ppo.num_ppo_epochs * ppo.num_minibatches} optimiser steps of "
+        f"{ppo.rollout_batch_size // ppo.num_minibatches} sequences"
+    )
+
+
+if __name__ == "__main__":
+    stage_main("ppo", run)

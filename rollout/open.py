@@ -1,0 +1,35 @@
+"""Opens the rollout engine that a recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.recipe import Recipe
+from pipeline.tokens import load_tokenizer
+from rollout.engine import EngineOptions, RolloutEngine, make_engine
+
+MAX_SEQUENCES = 256
+
+
+def open_engine(
+    recipe: Recipe, model_dir: str | Path, notify: Callable[[str], None], *, max_sequences: int = MAX_SEQUENCES
+) -> RolloutEngine:
+    """An engine over the checkpoint `model_dir`, sized by the recipe's `data` and `rollout` sections.
+
+    Args:
+        model_dir: directory or hub id with configuration, weights and tokenizer.
+        notify: receives one line when the engine is not the preferred one.
+        max_sequences: sequences decoded at once.
+    """
+    tokenizer = load_tokenizer(model_dir, recipe.model)
+    options = EngineOptions(
+        max_model_len=recipe.data.max_prompt_tokens + recipe.data.max_response_tokens,
+        max_sequences=max_sequences,
+        stop_token_ids=(tokenizer.eos_token_id,),
+        dtype=recipe.model.dtype,
+        seed=recipe.seed,
+        kv_cache_gib=recipe.rollout.kv_cache_gib,
+        gpu_memory_utilization=recipe.rollout.gpu_memory_utilization,
+    )
+    return make_engine(recipe.rollout.engine, model_dir, options, notify)

@@ -1,0 +1,253 @@
+"""Breaks the pure modules on purpose, one line at a time: `python -m scripts.mutants [WORD ...]`.
+
+Every mutant is made in a temporary copy of the tree and must turn its tests red. Prints each as
+killed or survived; ends with 1 when one survived, or when the text of a mutant no longer occurs
+exactly once. WORDs keep the mutants whose file or new text contains one of them.
+
+The processes are forked from one that has imported torch, so that a mutant costs about a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import jaxtyping
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("pipeline", "policy", "reward_model", "rollout", "tests")
+PROCESSES = 2
+SECONDS = 60
+PRELOADED = (hypothesis, jaxtyping, torch)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One line changed: `old`, which stands once in `file`, becomes `new`; `tests` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def _of(file: str, tests: str, *changes: tuple[str, str]) -> tuple[Mutant, ...]:
+    return tuple(Mutant(file, old, new, tests) for old, new in changes)
+
+
+TENSORS = _of(
+    "policy/tensors.py",
+    "tests/policy/test_tensors.py",
+    ("return torch.where(mask, x, 0.0).sum()", "return x.sum()"),
+    ("/ mask.sum().clamp(min=1)", "/ mask.numel()"),
+    ("/ mask.sum().clamp(min=1)", "/ mask.sum()"),
+    ("return masked_sum(x, mask) / denominator", "return masked_sum(x, mask)"),
+    ("(n - 1 if unbiased else n).clamp(min=1)", "n.clamp(min=1)"),
+    ("(n - 1 if unbiased else n).clamp(min=1)", "(n - 1 if unbiased else n)"),
+    ("masked_var(x, mask, unbiased) + eps", "masked_var(x, mask, unbiased)"),
+    ("masked_var(x, mask, unbiased) + eps", "masked_var(x, mask) + eps"),
+    ("    if not shift_mean:", "    if shift_mean:"),
+    ("return torch.where(mask, whitened, 0.0)", "return whitened"),
+    ("    x = torch.where(mask, x, 0.0)\n", ""),
+    ("sum(-1) / counts.clamp(min=1)", "mean(-1)"),
+    ("return masked_mean(per_sequence, counts > 0,", "return masked_mean(per_sequence, counts >= 0,"),
+    (".cumsum(-1) - 1).clamp(min=0)", ".cumsum(-1)).clamp(min=0)"),
+    (".cumsum(-1) - 1).clamp(min=0)", ".cumsum(-1) - 1)"),
+    ("width - len(row) if left else 0", "0 if left else width - len(row)"),
+    ("_at_least_float32(logits) / temperature", "_at_least_float32(logits) * temperature"),
+    ("scaled = _at_least_float32(logits)", "scaled = logits"),
+    ("slope = -grad_logprobs[rows, None] * p", "slope = grad_logprobs[rows, None] * p"),
+    ("slope -= grad_entropy", "slope += grad_entropy"),
+    ("p_logp - p * p_logp.sum(-1, keepdim=True)", "p_logp"),
+    ("            slope /= temperature\n", ""),
+    ("d_weight += (slope", "d_weight = (slope"),
+    ("d_bias += slope.sum(0)", "d_bias = slope.sum(0)"),
+    ("return torch.where(p == 0, 0.0, p * logp)", "return p * logp"),
+    ("entropy[rows] = -_p_logp", "entropy[rows] = _p_logp"),
+    ("dtype = torch.get_autocast_dtype(device)", "pass"),
+    ("range(0, n, size)]", "range(0, n, n)]"),
+    ("hidden[:, prompt_length - 1 : stop]", "hidden[:, prompt_length : stop + 1]"),
+)
+PPO = _of(
+    "policy/ppo/maths.py",
+    "tests/policy/ppo/test_maths.py",
+    ("d = logprobs - ref_logprobs", "d = ref_logprobs - logprobs"),
+    ("return 0.5 * d.square()", "return d.square()"),
+    ("torch.expm1(-d) + d", "torch.expm1(d) - d"),
+    (".clamp(max=K3_LIMIT)", ""),
+    ("        d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)\n        return (", "        return -("),
+    ("normalised = (scores - mean) / std", "normalised = scores / std"),
+    ("normalised = (scores - mean) / std", "normalised = (scores - mean) * std"),
+    ("normalised.clamp(-clip, clip)", "normalised.clamp(max=clip)"),
+    ("torch.where(finished, scores, scores - penalty)", "torch.where(finished, scores - penalty, scores)"),
+    ("torch.where(finished, scores, scores - penalty)", "torch.where(finished, scores, scores + penalty)"),
+    ("kl_estimate(logprobs, ref_logprobs, kind), 0.0)", 'kl_estimate(logprobs, ref_logprobs, "k1"), 0.0)'),
+    ("rewards = -kl_coef * kl", "rewards = kl_coef * kl"),
+    ("torch.where(response_mask.any(-1), scores, 0.0)", "scores"),
+    (".cumsum(-1).argmax(-1, keepdim=True)", ".argmin(-1, keepdim=True)"),
+    ("    rewards = torch.where(response_mask, rewards, 0.0)\n", ""),
+    ("    values = torch.where(response_mask, values, 0.0)\n    advantages", "    advantages"),
+    ("+ gamma * next_value -", "+ next_value -"),
+    ("+ gamma * next_value -", "+ gamma * lam * next_value -"),
+    ("delta + gamma * lam * next_advantage", "delta + lam * next_advantage"),
+    ("delta + gamma * lam * next_advantage", "delta + gamma * next_advantage"),
+    ("return advantages, advantages + values", "return advantages, advantages - values"),
+    ("torch.where(response_mask, logprobs - old_logprobs, 0.0)", "logprobs - old_logprobs"),
+    ("torch.where(response_mask, logprobs - old_logprobs,", "torch.where(response_mask, old_logprobs - logprobs,"),
+    ("log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()", "log_ratio.exp()"),
+    ("losses = torch.maximum(plain, clipped)\n    if", "losses = torch.minimum(plain, clipped)\n    if"),
+    ("losses = torch.maximum(plain, clipped)\n    if", "losses = plain\n    if"),
+    ("plain = -advantages * ratio", "plain = advantages * ratio"),
+    ("1 - options.cliprange, 1 + high", "1 - high, 1 + high"),
+    ("1 - options.cliprange, 1 + high", "1 - options.cliprange, 1 + options.cliprange"),
+    ("torch.minimum(losses, -options.dual_clip", "torch.maximum(losses, -options.dual_clip"),
+    ("torch.where(advantages < 0, bounded, losses)", "bounded"),
+    ("(clipped > plain).to(losses.dtype)", "(clipped < plain).to(losses.dtype)"),
+    ("masked_mean(0.5 * log_ratio.square()", "masked_mean(log_ratio.square()"),
+    ("response_mask, options.reduction, per_loss)", "response_mask, options.reduction)"),
+    ("denominator.sequences), denominator.tokens", "denominator.sequences), denominator.sequences"),
+    ("    values = torch.where(response_mask, values, 0.0)\n    plain", "    plain"),
+    ("torch.maximum(plain, clipped), (clipped", "torch.minimum(plain, clipped), (clipped"),
+    ("torch.clamp(values, old_values - cliprange_value,", "torch.clamp(values, -cliprange_value + returns,"),
+    ("masked_reduce(0.5 * losses", "masked_reduce(losses"),
+    ("masked_var(returns - values, mask)", "masked_var(values, mask)"),
+    ("1 - unexplained / variance", "unexplained / variance"),
+    ("max(-0.2, min(0.2,", "max(-0.2, min(0.3,"),
+    ("max(-0.2, min(0.2,", "max(-0.3, min(0.2,"),
+    ("kl_per_sequence / self.target - 1", "1 - kl_per_sequence / self.target"),
+    ("error * n_sequences / self.horizon", "error / self.horizon"),
+)
+REWARD_MODEL = _of(
+    "reward_model/losses.py",
+    "tests/reward_model/test_losses.py",
+    ("difference = chosen - rejected", "difference = rejected - chosen"),
+    ("is None else difference - margin)", "is None else difference + margin)"),
+    ("centering * (chosen + rejected).square()", "centering * (chosen - rejected).square()"),
+    ("(difference > 0).to(", "(difference >= 0).to("),
+    ("ranks[better] < ranks[worse]", "ranks[better] <= ranks[worse]"),
+    ("torch.argsort(ranks, stable=True)", "torch.argsort(ranks, stable=True, descending=True)"),
+    ("(ranks.unsqueeze(2) < ranks.unsqueeze(1)) & both", "ranks.unsqueeze(2) < ranks.unsqueeze(1)"),
+    ("(ranks.unsqueeze(2) < ranks.unsqueeze(1)) & both", "(ranks.unsqueeze(2) > ranks.unsqueeze(1)) & both"),
+    ("return better, tied.triu(diagonal=1)", "return better, tied"),
+    ("/ better.sum((1, 2)).clamp(min=1)", "/ better.shape[1]"),
+    ("(margins.unsqueeze(2) - margins.unsqueeze(1))", "(margins.unsqueeze(1) - margins.unsqueeze(2))"),
+    ("~(better | itself), -torch.inf)", "~better, -torch.inf)"),
+    ("~(better | itself), -torch.inf)", "~(better | tied | itself), -torch.inf)"),
+    ("    per_prompt = (below.logsumexp(-1) - scores)", "    per_prompt = (below.amax(-1) - scores)"),
+    ("return total / counted.sum().clamp(min=1)", "return total / len(counted)"),
+    ("    return total / denominator", "    return total"),
+)
+ROLLOUT = _of(
+    "rollout/batch.py",
+    "tests/rollout/test_batch.py",
+    ("left_pad(prompts, pad_id)", "right_pad(prompts, pad_id)"),
+    ("stop = max(1, int(response_mask.sum(1).max()))", "stop = max(1, int(response_mask.sum(1).min()))"),
+    ("response_mask.sum(1).max()))", "response_mask.shape[1]))"),
+    ("first = self.prompt_ids.shape[1] - int(prompt_mask.sum(1).max())", "first = 0"),
+    ("finished=self.finished[rows]", "finished=self.finished[: len(rows)]"),
+    ("torch.cat([self.prompt_mask, self.response_mask], dim=1)", "self.input_ids != 0"),
+    ("if not self.prompt_mask[:, -1].all():", "if not self.prompt_mask[:, -1].any():"),
+    ("self.prompt_mask[:, :-1] & ~self.prompt_mask[:, 1:]", "~self.prompt_mask[:, :-1] & self.prompt_mask[:, 1:]"),
+    ("(~self.response_mask[:, :-1] & self", "(self.response_mask[:, :-1] & ~self"),
+    ("int((self.lengths == 0).sum())", "int((self.lengths > 0).sum())"),
+    ("if tuple(tensor.shape) != shape:", "if tensor.ndim != len(shape):"),
+)
+MUTANTS = TENSORS + PPO + REWARD_MODEL + ROLLOUT
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant: `killed`, `survived`, or why it could not be tried."""
+
+    verdict: str
+    seconds: float
+    output: str = ""
+
+
+def mutate(text: str, mutant: Mutant) -> str:
+    """The text with the mutant in it; ValueError unless `old` occurs exactly once."""
+    count = text.count(mutant.old)
+    if count != 1:
+        raise ValueError(f"occurs {count} times in {mutant.file}, must be once")
+    return text.replace(mutant.old, mutant.new)
+
+
+def _copy_tree(to: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, to / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", to)
+
+
+def _run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
+    """Runs pytest in `tree`, in this process, which must not have imported the project."""
+    os.chdir(tree)
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(tree), *(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)]
+    arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = pytest.main([*arguments, f"--timeout={SECONDS}", *tests])
+    loaded = [str(module.__file__) for module in list(sys.modules.values()) if "__file__" in vars(module)]
+    strangers = [file for file in loaded if any(file.startswith(f"{ROOT / name}{os.sep}") for name in PACKAGES)]
+    if strangers:
+        raise RuntimeError(f"the tests imported the original, not the copy: {strangers[0]}")
+    return int(code), printed.getvalue()
+
+
+def try_mutant(mutant: Mutant | None) -> Outcome:
+    """Runs the tests of one mutant, or all of them on the unchanged tree, in a temporary copy."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="tristage-mutant-") as directory:
+        tree = Path(directory).resolve()
+        _copy_tree(tree)
+        tests = sorted({each.tests for each in MUTANTS})
+        if mutant is not None:
+            path = tree / mutant.file
+            try:
+                path.write_text(mutate(path.read_text(encoding="utf-8"), mutant), encoding="utf-8")
+            except ValueError as error:
+                return Outcome(str(error), time.monotonic() - start)
+            tests = [mutant.tests]
+        code, output = _run_tests(tree, tests)
+        os.chdir(ROOT)
+    verdict = {0: "survived", 1: "killed"}.get(code, f"pytest ended with {code}")
+    return Outcome(verdict, time.monotonic() - start, output)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Tries every mutant; 0 when all were killed, else 1."""
+    parser = argparse.ArgumentParser(description="Every mutant must turn its tests red.")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only mutants containing a WORD")
+    words = parser.parse_args(arguments).words
+    chosen = [m for m in MUTANTS if not words or any(w in m.file or w in m.new for w in words)]
+    start = time.monotonic()
+    bad = 0
+    with multiprocessing.get_context("fork").Pool(PROCESSES, maxtasksperchild=1) as pool:
+        baseline = pool.apply(try_mutant, (None,))
+        if baseline.verdict != "survived":
+            print(baseline.output)
+            print("the tests fail without any mutant: nothing can be said")
+            return 1
+        for mutant, outcome in zip(chosen, pool.imap(try_mutant, chosen), strict=True):
+            bad += outcome.verdict != "killed"
+            change = f"{mutant.old.strip()!r} -> {mutant.new.strip()!r}"
+            print(f"{outcome.verdict:9} {outcome.seconds:5.1f} s  {mutant.file}: {change}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} killed in {time.monotonic() - start:.0f} s")
+    return 1 if bad or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The project against the golden file of an independent float64 implementation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.golden.adapter import ADAPTERS
+from tests.golden.check import TOLERANCE, Case, case_errors, main, read_cases, relative_error
+
+VECTORS = Path(__file__).with_name("vectors.json")
+CASES = read_cases(VECTORS)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in CASES if case["fn"] in ADAPTERS])
+def test_agrees_with_the_golden_file(case: Case) -> None:
+    errors = case_errors(case)
+    assert set(errors) >= set(case["expected"]) | {f"grad.{name}" for name in case.get("grad", {})}
+    assert {key: error for key, error in errors.items() if error > TOLERANCE} == {}
+
+
+def test_every_adapter_has_a_case() -> None:
+    assert set(ADAPTERS) <= {case["fn"] for case in CASES}
+
+
+def test_the_comparison_sees_a_wrong_number_a_wrong_shape_and_nan() -> None:
+    assert relative_error([1.0, 2.0], [1.0, 2.5]) == pytest.approx(0.2)
+    assert relative_error([0.0, 0.001], [0.0, 0.0]) == pytest.approx(0.1)
+    assert relative_error([50.0, 1.0], [100.0, 1.0]) == pytest.approx(0.5)
+    assert relative_error([1.0], [1.0, 1.0]) == float("inf")
+    assert relative_error([float("nan")], [1.0]) == float("inf")
+
+
+def test_the_command_exits_1_on_a_wrong_number_and_lists_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [
+        {"name": "a", "fn": "wilson", "inputs": {"k": 1, "n": 2}, "params": {},
+         "expected": {"interval": [0.0, 1.0]}},
+        {"name": "b", "fn": "no_such", "inputs": {}, "params": {}, "expected": {}},
+    ]  # fmt: skip
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps({"cases": cases}))
+    assert main([str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG" in printed
+    assert "no_such" in printed
+    path.write_text(json.dumps({"cases": cases[1:]}))
+    assert main([str(path)]) == 0
