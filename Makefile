@@ -2,7 +2,6 @@
 
 RECIPE ?= recipes/demo.yaml
 ARGS ?=
-RUNS ?= runs
 
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
@@ -18,7 +17,8 @@ PYTHON ?= $(or $(first_supported),python3)
 
 BIN := .venv/bin
 READY := .venv/.tristage-setup
-CODE := pipeline reward_model policy rollout scripts tests
+RUN_DIRECTORY := import sys; from pipeline import load, stages; \
+    print(stages.run_directory(load.load_recipe(sys.argv[1], sys.argv[2:])))
 
 .DEFAULT_GOAL := help
 # Stages follow one another and share the machine: `make -j` never runs two of them at once.
@@ -33,7 +33,7 @@ help: ## list the commands
 setup: ## make or update .venv (CPU or CUDA, found out by itself)
 	@$(PYTHON) -m scripts.setup_env
 
-$(READY): pyproject.toml constraints.txt overrides.txt
+$(READY): pyproject.toml constraints.txt constraints-cuda.txt overrides.txt
 	@$(PYTHON) -m scripts.setup_env
 
 sft: $(READY) ## stage 1: supervised fine-tuning
@@ -84,10 +84,10 @@ mutants: $(READY) ## break the maths on purpose: every mutant must turn a test r
 	$(BIN)/python -m scripts.mutants $(ARGS)
 
 clean-run: $(READY) ## delete the recipe's run directory
-	$(BIN)/tristage clean $(RECIPE) $(ARGS)
+	rm -rf -- "$$($(BIN)/python -c '$(RUN_DIRECTORY)' $(RECIPE) $(ARGS))"
 
-lock: $(READY) ## write what .venv holds to constraints.txt
+lock: $(READY) ## write what .venv holds to constraints*.txt
 	@$(PYTHON) -m scripts.setup_env --lock
 
-upgrade: ## install the newest versions that fit, then write constraints.txt
+upgrade: ## install the newest versions that fit, then write constraints*.txt
 	@$(PYTHON) -m scripts.setup_env --upgrade

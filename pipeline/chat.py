@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -143,7 +143,7 @@ def chat(
         policy, temperature=temperature, max_new_tokens=max_new_tokens, engine=engine, seed=seed
     )
     kind = "answers turn by turn" if conversation.is_chat else "completes what you type"
-    console.print(f"{policy} {kind}. /help lists the commands.", markup=False, style="dim")
+    console.print(f"{policy} {kind}. /help lists the commands.", markup=False, style="dim", soft_wrap=True)
     try:
         for message in _messages(console):
             if message.startswith("/") and not message.startswith("//"):
@@ -161,7 +161,7 @@ def open_conversation(
     """Load the policy and its tokenizer; errors as `chat`."""
     from transformers import AutoTokenizer
 
-    from rollout.engine import EngineOptions, make_engine, read_config
+    from rollout.engine import DTYPES, EngineOptions, make_engine, read_config
 
     directory = _directory(open_artifact(policy, kinds=POLICIES, wanted_as="chat").path)
     try:
@@ -171,14 +171,21 @@ def open_conversation(
         raise UserError(
             f"chat: the tokenizer of {policy} cannot be used: {error}.", mend="Give a directory with tokenizer files."
         ) from error
-    context = read_config(directory).to_dict().get("max_position_embeddings") or UNKNOWN_CONTEXT
+    config = read_config(directory).to_dict()
+    context = config.get("max_position_embeddings") or UNKNOWN_CONTEXT
     if not 0 < max_new_tokens < context:
         raise UserError(
             f"chat: --max-new-tokens is {max_new_tokens} and the model's context {context}.",
             mend=f"Choose 1 to {context - 1}.",
         )
     stops = _stop_token_ids(directory, tokenizer)
-    options = EngineOptions(max_model_len=context, max_sequences=1, stop_token_ids=stops)
+    dtype = str(config.get("dtype")).removeprefix("torch.")
+    options = EngineOptions(
+        max_model_len=context,
+        max_sequences=1,
+        stop_token_ids=stops,
+        dtype=dtype if dtype in DTYPES else "float32",
+    )
     start = random.SystemRandom().randrange(2**31) if seed is None else seed
     conversation = Conversation(
         make_engine(engine, directory, options), encoder, context, max_new_tokens=max_new_tokens, seed=start
@@ -209,7 +216,7 @@ def _stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> tupl
     """The tokenizer's EOS and those of the generation configuration: chat models often have two."""
     from transformers import GenerationConfig
 
-    stops: list[int | None] = [tokenizer.eos_token_id]
+    stops: list[Any] = [tokenizer.eos_token_id]
     if (directory / "generation_config.json").exists():
         named = GenerationConfig.from_pretrained(directory).eos_token_id
         stops += named if isinstance(named, list) else [named]

@@ -38,9 +38,7 @@ def _is_complete(checkpoint: Path, step: int) -> bool:
         return False
     if not isinstance(state, dict) or state.get("global_step") != step:
         return False
-    weights = [
-        path for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".bin", ".distcp")
-    ]
+    weights = [path for path in checkpoint.rglob("*") if path.suffix in (".safetensors", ".bin", ".distcp")]
     if not any(path.name != "training_args.bin" for path in weights):
         return False
     archives = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]

@@ -3,40 +3,67 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, disk_message, is_disk_error
 from pipeline.load import dump_recipe, load_recipe
-from pipeline.runner import ORDER, plan, run_directory, run_stage, run_stages
-from pipeline.stage import EXIT_USER_ERROR, disk_message, is_disk_error, print_error
+from pipeline.runner import plan, run_stage, run_stages
+from pipeline.stage import EXIT_USER_ERROR, print_error
+from pipeline.stages import ORDER
 
 _OVERRIDES = "Any recipe key can be set as `--section.key value`; the command line beats the file."
+_OPTIONS = {"--overwrite", "--help", "-h"}
+_OPTIONS_WITH_VALUE = {"--stages", "--policy", "--temperature", "--max-new-tokens"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `tristage` command. Exit code 2 and one paragraph for anything the user can mend."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    options, rest = parser.parse_known_args(words)
-    options.overrides = rest
+    ours, overrides = _split(words)
+    options = _parser().parse_args(ours)
+    options.overrides = overrides
     options.command = ["tristage", *words]
     try:
         options.act(options)
+        sys.stdout.flush()
     except UserError as error:
         print_error(str(error))
         sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:  # `tristage show | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if not is_disk_error(error):
             raise
-        print_error(disk_message(error, run_directory(load_recipe(options.recipe, rest))))
+        print_error(disk_message(error, Path.cwd()))
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts the command's own words from recipe overrides (`--key value`, `--key=value`), wherever they stand."""
+    ours: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name = word.partition("=")[0]
+        if not word.startswith("-") or name in _OPTIONS:
+            ours.append(word)
+            continue
+        target = ours if name in _OPTIONS_WITH_VALUE else overrides
+        target.append(word)
+        if "=" not in word and rest:
+            target.append(rest.pop(0))
+    return ours, overrides
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,18 +114,27 @@ def _show(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     table = Table("stage", "reads", "writes", "now", title=f"{recipe.name}: {options.recipe}")
-    words = {"done": "done, will be skipped", "stale": "made from something else: needs --overwrite"}
-    words |= {"stale partial": "unfinished run of something else: needs --overwrite"}
-    for stage in plan(recipe):
+    words = {
+        "done": "done, will be skipped",
+        "stale": "needs --overwrite",
+        "stale partial": "needs --overwrite",
+        "later": "depends on its inputs",
+    }
+    planned = plan(recipe)
+    for stage in planned:
         reads = "\n".join(f"{role}: {path}" for role, path in stage.inputs.items())
         table.add_row(stage.name, reads, str(stage.out), words.get(stage.state, stage.state))
     console = Console(highlight=False)
     console.print(table)
+    for stage in planned:
+        if stage.note:
+            console.print(f"{stage.name}: {stage.note}", markup=False, soft_wrap=True)
     ppo = recipe.ppo
     console.print(
         f"ppo: {ppo.updates} updates of {ppo.rollout_batch_size} sequences; each {ppo.num_ppo_epochs} epochs x "
         f"{ppo.num_minibatches} minibatches = {ppo.num_ppo_epochs * ppo.num_minibatches} optimiser steps of "
-        f"{ppo.rollout_batch_size // ppo.num_minibatches} sequences"
+        f"{ppo.rollout_batch_size // ppo.num_minibatches} sequences",
+        soft_wrap=True,
     )
 
 

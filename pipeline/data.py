@@ -152,9 +152,7 @@ def _scores_against_ranks(rankings: list[Ranking]) -> tuple[int, int]:
     for ranking in rankings:
         if ranking.ratings is None:
             continue
-        for (rank_a, score_a), (rank_b, score_b) in combinations(
-            zip(ranking.ranks, ranking.ratings, strict=True), 2
-        ):
+        for (rank_a, score_a), (rank_b, score_b) in combinations(zip(ranking.ranks, ranking.ratings, strict=True), 2):
             direction = (rank_a - rank_b) * (score_a - score_b)
             agree += direction < 0
             contradict += direction > 0

@@ -100,9 +100,7 @@ def _read_json(path: Path, tally: ReadTally) -> Rows:
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte {error.start + 1} is not UTF-8.", mend="Save the file as UTF-8."
-        ) from error
+        raise UserError(f"{path}: byte {error.start + 1} is not UTF-8.", mend="Save the file as UTF-8.") from error
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.doc.lstrip().startswith("{"):
             yield from _read_jsonl(path, tally)
@@ -160,8 +158,7 @@ def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:
     if len(cells) != len(header):
         raise RowError(
             where,
-            f"has {len(cells)} cells, but the header names {len(header)} columns; "
-            f"the row begins {excerpt(cells[0])}.",
+            f"has {len(cells)} cells, but the header names {len(header)} columns; the row begins {excerpt(cells[0])}.",
             "Quote cells that hold commas or line breaks.",
         )
     values: dict[str, Any] = {}

@@ -53,10 +53,10 @@ class LengthReport:
             more = " ..." if self.prompts_dropped > len(self.dropped_sources) else ""
             lines.append(f"  dropped: {', '.join(self.dropped_sources)}{more}")
         if self.response_tokens:
+            ending = ", these end without EOS" if self.responses_truncated else ""
             lines.append(
-                f"response tokens: {_spread(self.response_tokens)} (limit "
-                f"{self.max_response_tokens}: {self.responses_truncated} truncated of "
-                f"{self.responses}, these end without EOS)"
+                f"response tokens: {_spread(self.response_tokens)} (limit {self.max_response_tokens}: "
+                f"{self.responses_truncated} truncated of {self.responses}{ending})"
             )
         lines += [f"warning: {count} {text}" for text, count in self.warnings.items()]
         return lines
@@ -103,8 +103,7 @@ class LengthTally:
             return ids
         if self.data.long_prompts == "error":
             raise UserError(
-                f"{prompt.source}: the prompt has {len(ids)} tokens, over "
-                f"data.max_prompt_tokens = {limit}.",
+                f"{prompt.source}: the prompt has {len(ids)} tokens, over data.max_prompt_tokens = {limit}.",
                 mend="Raise the limit, or set data.long_prompts to drop or truncate_left.",
             )
         if self.data.long_prompts == "truncate_left":
@@ -125,8 +124,7 @@ class LengthTally:
         """The finished report; UserError when no row is left."""
         if self.rows and not kept:
             raise UserError(
-                f"all {self.rows} prompts are over data.max_prompt_tokens = "
-                f"{self.max_prompt_tokens} and were dropped.",
+                f"all {self.rows} prompts are over data.max_prompt_tokens = {self.max_prompt_tokens} and were dropped.",
                 mend="Raise the limit or set data.long_prompts: truncate_left.",
             )
         return LengthReport(

@@ -22,6 +22,7 @@ from pipeline.recipe import Recipe
 from pipeline.trl_args import TRAINER_CONFIGS, trainer_field_names
 
 RESOLVED = "recipe.resolved.yaml"
+DEEPEST = 50
 Path_ = tuple[str | int, ...]
 
 
@@ -60,9 +61,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe with every default spelt out, as YAML that loads back to an equal recipe."""
-    return yaml.safe_dump(
-        recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110
-    )
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 def recipe_sha256(recipe: Recipe) -> str:
@@ -71,27 +70,30 @@ def recipe_sha256(recipe: Recipe) -> str:
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
+    places: dict[Path_, str] = {}
     try:
         text = file.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"recipe {file} is empty or not a mapping.", mend="See recipes/demo.yaml.")
+        _walk(node, (), file, places)
+        return yaml.safe_load(text), places
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"recipe {file} is not UTF-8 text: {error}.", mend="Save it as UTF-8."
-        ) from error
+        raise UserError(f"recipe {file} is not UTF-8 text: {error}.", mend="Save it as UTF-8.") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise UserError(
             f"recipe {file}:{line} is not valid YAML: {error.problem}.",
             mend="Check the indentation, the colons and the quotes there.",
         ) from error
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"recipe {file} is empty or not a mapping.", mend="See recipes/demo.yaml.")
-    places: dict[Path_, str] = {}
-    _walk(node, (), file, places)
-    return yaml.safe_load(text), places
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe {file} is not valid YAML: {reason}.", mend="Remove that character.") from error
 
 
 def _walk(node: yaml.Node, path: Path_, file: Path, places: dict[Path_, str]) -> None:
+    if len(path) > DEEPEST:
+        raise UserError(f"recipe {file} is nested without end.", mend="Remove the alias that contains itself.")
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
@@ -123,7 +125,8 @@ def _override_pairs(overrides: Sequence[str]) -> Iterator[tuple[list[str], str, 
         name, sign, value = option[2:].partition("=")
         if not sign:
             if not items:
-                raise UserError(f"option --{name} has no value.", mend=f"Write --{name} VALUE.")
+                flag = " Did you mean --overwrite?" if difflib.get_close_matches(name, ["overwrite"]) else ""
+                raise UserError(f"option --{name} has no value.", mend=f"Write --{name} VALUE.{flag}")
             value = items.pop(0)
         yield name.split("."), value, f"command line --{name}"
 
@@ -146,10 +149,12 @@ def _assign(tree: dict[str, Any], dotted: list[str], value: Any, option: str) ->
 
 
 def _validate(tree: dict[str, Any], origin: Origin, file: Path) -> Recipe:
+    sections = {key: value for key, value in tree.items() if value is not None or key not in Recipe.model_fields}
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(sections)
     except ValidationError as error:
-        lines = [_explain(dict(item), origin, file) for item in error.errors()]
+        items = [dict(item) for item in error.errors()]
+        lines = [_explain(item, origin, file) for item in items if not _is_other_branch(item)]
         raise UserError("\n".join(lines)) from error
     for section, config in TRAINER_CONFIGS.items():
         known = trainer_field_names(config)
@@ -163,20 +168,28 @@ def _validate(tree: dict[str, Any], origin: Origin, file: Path) -> Recipe:
     return recipe
 
 
+def _is_other_branch(item: dict[str, Any]) -> bool:
+    """Whether pydantic reports the form of `data.<key>` that was not meant: a path, or a mapping with a path."""
+    if item["loc"][0] != "data" or len(item["loc"]) != 3:
+        return False
+    form, is_mapping = item["loc"][2], isinstance(item["input"], dict)
+    return (form == "str" and is_mapping) or (form == "DataSource" and not is_mapping)
+
+
 def _explain(item: dict[str, Any], origin: Origin, file: Path) -> str:
-    path: Path_ = tuple(
-        p for p in item["loc"] if not (isinstance(p, str) and p[:1].isupper()) and p != "str"
-    )
+    path: Path_ = tuple(item["loc"])
+    if path[0] == "data" and len(path) > 2:
+        path = (*path[:2], *path[3:])
     dotted = ".".join(map(str, path))
     place = origin.of(path) or str(file)
     if item["type"] == "extra_forbidden":
         known = _keys_of(path[:-1])
-        return f"{place}: {dotted}: unknown key. " + _suggest(
-            str(path[-1]), known, "See `tristage show`."
-        )
+        return f"{place}: {dotted}: unknown key. " + _suggest(dotted.rpartition(".")[2], known, "See `tristage show`.")
     if item["type"] == "missing":
         return f"{place}: {dotted}: this key is required. Add it to {file}."
     message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "a section of keys and values is wanted"
     message = message[:1].lower() + message[1:]
     shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
     return f"{place}: {dotted}: {message}{shown}. Mend this value."
@@ -184,11 +197,7 @@ def _explain(item: dict[str, Any], origin: Origin, file: Path) -> str:
 
 def _suggest(key: str, known: set[str], otherwise: str) -> str:
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
-    return (
-        f"Did you mean '{near[0]}'?"
-        if near
-        else f"{otherwise} Keys here: {', '.join(sorted(known)[:12])}."
-    )
+    return f"Did you mean '{near[0]}'?" if near else f"{otherwise} Keys here: {', '.join(sorted(known)[:12])}."
 
 
 def _keys_of(path: Path_) -> set[str]:

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
+
+def _no_truth_value(value: Any) -> Any:
+    """Refuses yes/no/true/false, which would otherwise count as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
+Integer = Annotated[int, BeforeValidator(_no_truth_value)]
+Fraction = Annotated[Number, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[Number, Field(gt=0.0)]
+NonNegative = Annotated[Number, Field(ge=0.0)]
+Count = Annotated[Integer, Field(ge=1)]
 TrainerArguments = dict[str, Any]
 """Settings of a library trainer under exactly their transformers/TRL names; checked by `pipeline.trl_args`."""
 
@@ -31,6 +41,12 @@ class Prepare(Section):
     """File or directory that must exist; when it does, the command is not run."""
     command: str
     """Command line; `{out}` is a temporary sibling of `makes`, renamed to it once the command has succeeded."""
+
+    @model_validator(mode="after")
+    def _names_its_output(self) -> Prepare:
+        if "{out}" not in self.command:
+            raise ValueError("`command` does not say where to write; put {out} where the path of its product belongs")
+        return self
 
 
 class ModelSection(Section):
@@ -64,7 +80,7 @@ class DataSection(Section):
     """Prompts for rollouts and evaluation; default: the prompts of `preferences`."""
     eval_fraction: Fraction = 0.1
     """Share of prompts held out, chosen by a hash of the prompt; rows with a `split` column keep theirs."""
-    split_seed: int = 0
+    split_seed: Integer = 0
     max_prompt_tokens: Count = 512
     max_response_tokens: Count = 512
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"
@@ -126,8 +142,8 @@ class PpoSection(Section):
     cliprange: Positive = 0.2
     cliprange_value: Positive | None = 0.2
     """Clip of the value function's change; null turns it off."""
-    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    gamma: Annotated[Number, Field(gt=0.0, le=1.0)] = 1.0
+    lam: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.95
     kl_coef: NonNegative = 0.05
     """Weight of the per-token KL penalty; with a target, its initial value."""
     kl_target_per_sequence: Positive | None = None
@@ -179,6 +195,9 @@ class Judge(Section):
     kwargs: dict[str, Any] = {}
 
 
+RESERVED_JUDGES = {"score", "kl", "length", "eos_rate", "distinct_1", "distinct_2"}
+
+
 class EvalSection(Section):
     """Held-out evaluation of policies."""
 
@@ -188,6 +207,13 @@ class EvalSection(Section):
     samples_per_prompt: Count = 4
     shown_samples: Count = 6
     """Fixed prompts whose generations are kept at every evaluation."""
+
+    @model_validator(mode="after")
+    def _judges_have_names_of_their_own(self) -> EvalSection:
+        taken = sorted(RESERVED_JUDGES & self.judges.keys())
+        if taken:
+            raise ValueError(f"{taken[0]!r} is a measure of every evaluation and no name for a judge; rename it")
+        return self
 
 
 class TrackingSection(Section):
@@ -204,7 +230,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Integer, Field(ge=0)] = 0
     prepare: tuple[Prepare, ...] = ()
     model: ModelSection
     data: DataSection = DataSection()

@@ -198,9 +198,7 @@ def _answer(row: Row, name: str, value: object, prompt: Prompt) -> str:
         return _text(row, name, value)
     *context, last = _messages(row, name, value)
     if last["role"] != "assistant":
-        _refuse(
-            row, name, f"ends with a {last['role']} message.", "End it with the assistant's answer."
-        )
+        _refuse(row, name, f"ends with a {last['role']} message.", "End it with the assistant's answer.")
     if context and tuple(context) != prompt.content:
         _refuse(
             row,
@@ -291,17 +289,14 @@ def parse_implicit_pair(row: Row, tally: Counter[str]) -> list[Ranking]:
     return [_pair(row, _prompt_inside(row, chosen, _others(row, "chosen", "rejected", "margin")))]
 
 
-def _prompt_inside(
-    row: Row, chosen: list[object], columns: Mapping[str, Any], text: str | None = None
-) -> Prompt:
+def _prompt_inside(row: Row, chosen: list[object], columns: Mapping[str, Any], text: str | None = None) -> Prompt:
     prompt = _prompt(row, chosen[:-1], columns, "chosen")
     asked = prompt.content[-1]
     if text is not None and isinstance(asked, Mapping) and asked["content"].strip() != text.strip():
         _refuse(
             row,
             "chosen",
-            f"does not begin with the prompt {excerpt(text)}: "
-            f"before the answer stands {excerpt(asked)}.",
+            f"does not begin with the prompt {excerpt(text)}: before the answer stands {excerpt(asked)}.",
             "Give the prompt as messages, or the answers without it.",
         )
     return prompt
@@ -348,8 +343,7 @@ def parse_ranking(row: Row, tally: Counter[str]) -> list[Ranking]:
             _refuse(
                 row,
                 "responses",
-                f"holds one answer with two ranks ({rank_of[response]:g} and {rank:g}): "
-                f"{excerpt(response)}.",
+                f"holds one answer with two ranks ({rank_of[response]:g} and {rank:g}): {excerpt(response)}.",
                 "Keep it once or give both the same rank.",
             )
     return [Ranking(prompt, responses, ranks, ratings, row.where)]

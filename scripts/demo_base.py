@@ -41,6 +41,7 @@ CARD = Path(__file__).resolve().parent.parent / "assets" / "cards" / "demo-base.
 SEED = 20140601
 VOCAB_SIZE = 4096
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 CONTEXT = 512
 STEP_TOKENS = 1024
 LEARNING_RATE = 3e-3
@@ -86,9 +87,8 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    bos_id = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos_id)]
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, BOS_ID)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -115,9 +115,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=PAD_ID,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
         dtype="float32",
         architectures=["LlamaForCausalLM"],
     )
@@ -138,8 +138,7 @@ def general_sentences(reviews: Iterable[Review], simple: Iterable[str]) -> list[
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text as one row: bos, text, eos."""
-    eos_id = tokenizer.eos_token_id
-    return [[*ids, eos_id] for ids in tokenizer(list(texts))["input_ids"]]
+    return [[*ids, EOS_ID] for ids in tokenizer(list(texts))["input_ids"]]
 
 
 def batches(rows: Sequence[list[int]], seed: int) -> list[list[list[int]]]:
@@ -162,12 +161,12 @@ def batches(rows: Sequence[list[int]], seed: int) -> list[list[list[int]]]:
     return made
 
 
-def collate(rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids [B, T] and attention mask [B, T]."""
     import torch
 
     width = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
+    ids = torch.tensor([row + [PAD_ID] * (width - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
     return ids, (torch.arange(width) < lengths[:, None]).long()
 
@@ -224,7 +223,7 @@ def train(model: LlamaForCausalLM, schedule: Sequence[list[list[int]]]) -> Train
         factor = min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * factor
-        total, count = next_token_loss(model, *collate(batch, model.config.pad_token_id))
+        total, count = next_token_loss(model, *collate(batch))
         loss = total / count
         optimizer.zero_grad()
         loss.backward()
@@ -249,7 +248,7 @@ def perplexity(model: LlamaForCausalLM, rows: Sequence[list[int]]) -> float:
     model.eval()
     with torch.no_grad():
         for batch in batches(rows, SEED):
-            loss, n = next_token_loss(model, *collate(batch, model.config.pad_token_id))
+            loss, n = next_token_loss(model, *collate(batch))
             total += float(loss)
             count += n
     return math.exp(total / count)
@@ -268,7 +267,8 @@ def sample(
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
     model.eval()
     with torch.no_grad():
-        ids = model.generate(  # pyright: ignore[reportCallIssue]
+        generate: Any = model.generate  # pyright: ignore[reportAttributeAccessIssue]
+        ids = generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             do_sample=True,
@@ -277,8 +277,8 @@ def sample(
         )
     answers = ids[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    lengths = (answers != tokenizer.pad_token_id).sum(1).tolist()
-    ended = (answers == tokenizer.eos_token_id).any(1).tolist()
+    lengths = (answers != PAD_ID).sum(1).tolist()
+    ended = (answers == EOS_ID).any(1).tolist()
     return list(zip(prompts, texts, lengths, ended, strict=True))
 
 
@@ -307,14 +307,12 @@ def save(
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config = model.config
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(partial)
-    config.save_pretrained(partial)
-    GenerationConfig(
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-    ).save_pretrained(partial)
+    model.config.save_pretrained(partial)
+    GenerationConfig(pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID).save_pretrained(
+        partial
+    )
     save_file(half_state(model), partial / "model.safetensors", metadata={"format": "pt"})
     (partial / "README.md").write_text(card, encoding="utf-8")
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -65,20 +65,10 @@ _SIMPLE = re.compile(r"[a-z]+(?:'[a-z]+)?(?:,? [a-z]+(?:'[a-z]+)?)*[.!?]")
 _LAST_MARKS = re.compile(r"\s*([.!?])[.!?\s]*$")
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _ABBREVIATIONS = frozenset({"mr", "mrs", "ms", "dr", "st", "jr", "sr", "vs", "etc"})
-_QUOTES = str.maketrans(
-    {
-        "\u2018": "'",
-        "\u2019": "'",
-        "\u201c": '"',
-        "\u201d": '"',
-        "\x85": "...",
-        "\x91": "'",
-        "\x92": "'",
-        "\x93": '"',
-        "\x94": '"',
-        "\xa0": " ",
-    }
-)
+_PLAIN_MARKS = {
+    **str.maketrans("\u2018\u2019\u201c\u201d\x91\x92\x93\x94\xa0", "''\"\"''\"\" "),
+    0x85: "...",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +96,7 @@ def clean(text: str) -> str:
         >>> clean("It&#39;s <br /><br />A  GREAT film")
         "it's a great film"
     """
-    text = _TAG.sub(" ", html.unescape(text)).translate(_QUOTES).replace("''", '"')
+    text = _TAG.sub(" ", html.unescape(text)).translate(_PLAIN_MARKS).replace("''", '"')
     return " ".join(text.lower().split())
 
 

@@ -42,11 +42,7 @@ def usable(locations: list[str], option: str) -> list[str]:
     """The locations that may exist: URLs as they are, local directories only when present."""
     kept = []
     for location in locations:
-        local = (
-            location.removeprefix("file://")
-            if "://" not in location or location.startswith("file://")
-            else None
-        )
+        local = location.removeprefix("file://") if "://" not in location or location.startswith("file://") else None
         if local is None or Path(local).expanduser().exists():
             kept.append(location if local is None else location.replace("~", str(Path.home()), 1))
         else:
@@ -54,16 +50,12 @@ def usable(locations: list[str], option: str) -> list[str]:
     return kept
 
 
-def uv_environment(
-    settings: Mapping[str, list[str]], environment: Mapping[str, str]
-) -> dict[str, str]:
+def uv_environment(settings: Mapping[str, list[str]], environment: Mapping[str, str]) -> dict[str, str]:
     """Variables that give uv the user's pip settings; one that is set already wins."""
     wanted = {
         "UV_FIND_LINKS": ",".join(usable(settings.get("find-links", []), "find-links")),
         "UV_DEFAULT_INDEX": " ".join(settings.get("index-url", [])[:1]),
-        "UV_EXTRA_INDEX_URL": " ".join(
-            usable(settings.get("extra-index-url", []), "extra-index-url")
-        ),
+        "UV_EXTRA_INDEX_URL": " ".join(usable(settings.get("extra-index-url", []), "extra-index-url")),
         "UV_INSECURE_HOST": " ".join(settings.get("trusted-host", [])),
         "UV_HTTP_TIMEOUT": " ".join(settings.get("timeout", [])[:1]),
         "SSL_CERT_FILE": " ".join(settings.get("cert", [])),

@@ -27,7 +27,8 @@ from scripts.pip_to_uv import hide_passwords, pip_settings, say, uv_environment
 
 PYTHON_RANGE = ((3, 11), (3, 14))
 TORCH = "2.13.0"
-INPUTS = ("pyproject.toml", "constraints.txt", "overrides.txt")
+CONSTRAINTS = {"cpu": "constraints.txt", "cuda": "constraints-cuda.txt"}
+INPUTS = ("pyproject.toml", "overrides.txt", *CONSTRAINTS.values())
 GIB_NEEDED = {"cpu": 4, "cpu, CUDA build of torch": 10, "cuda": 14}
 USUAL = ("demo", "smollm2", "dev")
 STAMP = ".tristage-setup"
@@ -83,28 +84,43 @@ class Shell:
             if quiet:
                 print(hide_passwords(done.stdout), file=sys.stderr)
             raise SetupError(
-                f"{what} failed with exit code {done.returncode}; the reason stands above. Mend "
-                "the cause (network, proxy, disk space) and run the same command again: what was "
-                "downloaded is kept."
+                f"{what} failed with exit code {done.returncode}; the reason stands above. Mend the cause (network, "
+                "proxy, disk space) and run the same command again: what was downloaded is kept."
             )
 
-    def answers(self, command: list[str], extra: Mapping[str, str] = NOTHING) -> bool:
+    def output(self, command: list[str]) -> str:
+        """What `command` prints; a failure becomes a SetupError with what it said."""
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SetupError(f"`{shlex.join(command[:4])} ...` failed: {done.stderr.strip()}")
+        return done.stdout
+
+    def pip_config(self) -> dict[str, list[str]]:
+        return pip_settings(self.output([self.python, "-m", "pip", "config", "list"]))
+
+    def answers(self, command: list[str]) -> bool:
         """Whether `command` succeeds quietly within PROBE_SECONDS."""
+        return self.reply(command) is not None
+
+    def reply(self, command: list[str], given: str = "", extra: Mapping[str, str] = NOTHING) -> str | None:
+        """What `command`, given `given`, prints; None when it fails or takes longer than PROBE_SECONDS."""
         if self.dry:
             say("$ " + hide_passwords(shlex.join(command)))
-            return True
+            return ""
         try:
             done = subprocess.run(
                 command,
                 cwd=self.root,
                 env={**self.environment, **extra},
+                input=given,
                 capture_output=True,
+                text=True,
                 timeout=PROBE_SECONDS,
                 check=False,
             )
         except (subprocess.TimeoutExpired, OSError):
-            return False
-        return done.returncode == 0
+            return None
+        return done.stdout if done.returncode == 0 else None
 
 
 def check_python(version: tuple[int, int]) -> None:
@@ -195,24 +211,29 @@ def make_venv(shell: Shell) -> None:
     elif not shell.answers([shell.python, "-m", "pip", "--version"]):
         shell.run([shell.python, "-m", "ensurepip"], "putting pip into .venv", quiet=True)
     if shell.dry or not shell.answers([shell.uv, "--version"]):
-        options = ["--force-reinstall", "--no-deps", *constraint(shell.root)]
+        options = ["--force-reinstall", "--no-deps", *constraint(shell.root, "cpu")]
         pip = [shell.python, "-m", "pip", "install", *options, "uv"]
         shell.run(pip, "installing uv", quiet=True)
 
 
-def constraint(root: Path) -> list[str]:
-    return ["--constraint", "constraints.txt"] if (root / "constraints.txt").exists() else []
+def constraint(root: Path, device: str) -> list[str]:
+    name = CONSTRAINTS[device]
+    return ["--constraint", name] if (root / name).exists() else []
 
 
 def torch_flags(shell: Shell) -> list[str]:
     """uv's flags for the smallest build of torch to be had without CUDA, saying which it is."""
     if sys.platform != "linux":
         return []
-    probe = [shell.uv, "pip", "install", "--python", shell.python, "--dry-run", "--no-deps"]
-    if shell.answers([*probe, f"torch=={TORCH}+cpu"]):
+    probe = [shell.uv, "pip", "compile", "--quiet", "--python", shell.python, "--no-deps"]
+    wanted = f"torch=={TORCH}"
+    if shell.dry:
+        say(f"torch: the CPU build of {TORCH} where one is within reach, else the CUDA build")
+        return []
+    if "+cpu" in (shell.reply([*probe, "-"], wanted) or ""):
         say("torch: CPU build, from the configured package locations")
         return []
-    if shell.answers([*probe, "--torch-backend=cpu", f"torch=={TORCH}"], PROBE_HTTP):
+    if "+cpu" in (shell.reply([*probe, "--torch-backend=cpu", "-"], wanted, PROBE_HTTP) or ""):
         say("torch: CPU build, from PyTorch's index")
         return ["--torch-backend=cpu"]
     say("torch: no CPU build within reach; taking the CUDA build, larger and fine on a CPU")
@@ -239,7 +260,7 @@ def install(shell: Shell, device: Device, extras: tuple[str, ...], upgrade: bool
     """One uv resolution for the project and everything it needs."""
     unfinished = shell.root / ".venv" / UNFINISHED
     command = [shell.uv, "pip", "install", "--python", shell.python]
-    command += ["--upgrade"] if upgrade else constraint(shell.root)
+    command += ["--upgrade"] if upgrade else constraint(shell.root, device.kind)
     if device.kind == "cpu":
         command += ["--override", "overrides.txt", *torch_flags(shell)]
     if not shell.dry:
@@ -256,13 +277,36 @@ def install(shell: Shell, device: Device, extras: tuple[str, ...], upgrade: bool
 
 
 def write_constraints(shell: Shell) -> None:
-    """constraints.txt from what `.venv` holds: public versions, which every build satisfies."""
-    freeze = [shell.uv, "pip", "freeze", "--python", shell.python, "--exclude-editable"]
-    done = subprocess.run(freeze, capture_output=True, text=True, env=shell.environment, check=True)
-    lines = [line.partition("+")[0] for line in done.stdout.splitlines() if "==" in line and " @ " not in line]
+    """Both constraints files, with public versions, which every build of a package satisfies.
+
+    constraints.txt is what `.venv`, made without CUDA, holds. constraints-cuda.txt is resolved from it for the newest
+    supported Python: the same versions wherever the CUDA build of vLLM allows them.
+    """
+    everybody = {
+        key: words for key, words in shell.pip_config().items() if key not in ("find-links", "extra-index-url")
+    }
+    shell.environment.update(uv_environment(everybody, shell.environment))
+    frozen = shell.output([shell.uv, "pip", "freeze", "--python", shell.python, "--exclude-editable"])
+    pins = [line.partition("+")[0] for line in frozen.splitlines() if "==" in line and " @ " not in line]
+    write_pins(shell.root / CONSTRAINTS["cpu"], pins)
+    write_pins(shell.root / CONSTRAINTS["cuda"], pins)
+    command = [shell.uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--only-binary", ":all:"]
+    command += ["--python-version", f"{PYTHON_RANGE[1][0]}.{PYTHON_RANGE[1][1] - 1}"]
+    command += [word for extra in extras_of("cuda", {}) for word in ("--extra", extra)]
+    shell.output([*command, "--output-file", CONSTRAINTS["cuda"], "pyproject.toml"])
+    resolved = (shell.root / CONSTRAINTS["cuda"]).read_text().splitlines()
+    write_pins(shell.root / CONSTRAINTS["cuda"], [line.partition("+")[0] for line in resolved if "==" in line])
+
+
+def check_lockable(device: str | None) -> None:
+    if device != "cpu":
+        raise SetupError("constraints come from a CPU environment: run `TRISTAGE_DEVICE=cpu make setup` first.")
+
+
+def write_pins(file: Path, pins: list[str]) -> None:
     head = "# Tested versions, which every set-up installs; `make lock` rewrites this file.\n"
-    (shell.root / "constraints.txt").write_text(head + "\n".join(sorted(lines, key=str.lower)) + "\n")
-    say(f"constraints.txt: {len(lines)} packages")
+    file.write_text(head + "\n".join(sorted(pins, key=lambda pin: pin.partition("==")[0].lower())) + "\n")
+    say(f"{file.name}: {len(pins)} packages")
 
 
 @contextlib.contextmanager
@@ -298,21 +342,21 @@ def setup(root: Path, environment: dict[str, str], *, dry: bool, upgrade: bool) 
         path.touch()
         say(f"nothing to do: .venv ({device.kind}) is up to date")
         return
+    if upgrade:
+        check_lockable(device.kind)
     start = time.monotonic()
     say(f"{device.kind.upper()} build, because {device.why}")
     shell = Shell(root, dict(environment), dry)
-    if not dry:
+    if not dry and not any((root / ".venv" / "lib").glob("python*/site-packages/torch")):
         check_disk(root, device.kind)
     make_venv(shell)
     if not dry:
-        listing = [shell.python, "-m", "pip", "config", "list"]
-        done = subprocess.run(listing, capture_output=True, text=True, env=environment, check=False)
-        shell.environment.update(uv_environment(pip_settings(done.stdout), environment))
+        shell.environment.update(uv_environment(shell.pip_config(), environment))
     install(shell, device, extras, upgrade)
     if dry:
         return
     if upgrade:
-        write_constraints(shell)
+        write_constraints(Shell(root, dict(environment)))
         now = fingerprint(root, device.kind, extras, sys.version_info[:2])
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"fingerprint": now, "device": device.kind, "why": device.why}) + "\n")
@@ -334,6 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with only_one(root):
             if options.lock:
+                check_lockable(read_stamp(root).get("device"))
                 write_constraints(Shell(root, dict(os.environ)))
             else:
                 setup(root, dict(os.environ), dry=options.dry_run, upgrade=options.upgrade)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 
@@ -69,7 +70,7 @@ def convert(gguf_dir: Path, gguf_name: str, out_dir: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf_dir, gguf_file=gguf_name, dtype=torch.float32
     )
-    config = loaded.config
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = "float32"
@@ -77,6 +78,7 @@ def convert(gguf_dir: Path, gguf_name: str, out_dir: Path) -> None:
     model.load_state_dict(loaded.state_dict(), strict=True)
     model.tie_weights()
     model.save_pretrained(out_dir)
+    Path(out_dir, "model.safetensors").chmod(0o644)
     AutoTokenizer.from_pretrained(gguf_dir, gguf_file=gguf_name).save_pretrained(out_dir)
 
 
@@ -85,7 +87,7 @@ def answer(model_dir: Path, question: str = QUESTION) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,

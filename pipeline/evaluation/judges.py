@@ -121,8 +121,7 @@ def _number(name: str, row: int, value: Any, responses: Sequence[str]) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise UserError(
-            f"judge {name}: row {row} ({_excerpt(responses[row])}): returned {value!r}, "
-            "which is not a finite number.",
+            f"judge {name}: row {row} ({_excerpt(responses[row])}): returned {value!r}, which is not a finite number.",
             mend="Return a finite number for every response, the empty one included.",
         )
     return number

@@ -60,9 +60,7 @@ def prompt_means(values_per_prompt: Sequence[Sequence[float]]) -> np.ndarray:
     return np.array([math.fsum(values) / len(values) for values in values_per_prompt])
 
 
-def bootstrap_interval(
-    values_per_prompt: Sequence[Sequence[float]], seed: int, resamples: int = 2000
-) -> Estimate:
+def bootstrap_interval(values_per_prompt: Sequence[Sequence[float]], seed: int, resamples: int = 2000) -> Estimate:
     """Return the mean over prompts of their sample means, with its 95% bootstrap interval.
 
     The ends are percentiles. Prompts are resampled with their samples kept together, because
@@ -141,11 +139,7 @@ def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> Estimate:
     rows = max(1, _WEIGHTS_AT_ONCE // count)
     means = np.concatenate(
         [
-            generator.multinomial(
-                count, np.full(count, 1 / count), size=min(rows, resamples - start)
-            )
-            @ offsets
-            / count
+            generator.multinomial(count, np.full(count, 1 / count), size=min(rows, resamples - start)) @ offsets / count
             for start in range(0, resamples, rows)
         ]
     )

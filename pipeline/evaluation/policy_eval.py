@@ -47,9 +47,7 @@ class SampledResponses:
         """Every sample with its prompt and the prompt's tokens, prompt by prompt."""
         return [
             (prompt, ids, completion)
-            for prompt, ids, samples in zip(
-                self.prompts, self.prompt_ids, self.completions, strict=True
-            )
+            for prompt, ids, samples in zip(self.prompts, self.prompt_ids, self.completions, strict=True)
             for completion in samples
         ]
 
@@ -103,7 +101,7 @@ class PolicyReport:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> PolicyReport:
-        """The report that `as_dict` saved, without rows."""
+        """The report that `as_dict` saved, with its rows when `rows` was saved beside."""
         estimates = {name: _estimate(saved[name]) for name in ("score", "kl_per_sequence")}
         judges = {name: Estimate(**_ends(value)) for name, value in saved["judges"].items()}
         length = LengthStats(**saved["length"])
@@ -132,11 +130,7 @@ def sample_responses(
     """
     from rollout.engine import SamplingOptions
 
-    places = [
-        (index, sample)
-        for index in range(len(encoded_prompts))
-        for sample in range(samples_per_prompt)
-    ]
+    places = [(index, sample) for index in range(len(encoded_prompts)) for sample in range(samples_per_prompt)]
     completions = engine.generate(
         [encoded_prompts[index].ids for index, _ in places],
         SamplingOptions(max_new_tokens=max_new_tokens, temperature=temperature),
@@ -172,9 +166,7 @@ def measure(
     columns: dict[str, list[float]] = {}
     for name, judge in judges.items():
         if name == SCORE:
-            raise UserError(
-                f"eval.judges.{SCORE}: this name is the reward model's.", mend="Rename the judge."
-            )
+            raise UserError(f"eval.judges.{SCORE}: this name is the reward model's.", mend="Rename the judge.")
         columns[name] = judge(prompt_texts, texts)
     score_values = _listed("scores", scores, len(flat))
     kl_values = _listed("kl_per_sequence", kl_per_sequence, len(flat))
@@ -189,9 +181,7 @@ def measure(
         prompts_sha256=prompts_sha256(samples.prompts),
         judges={name: estimates[name] for name in columns},
         score=estimates.get(SCORE),
-        kl_per_sequence=None
-        if kl_values is None
-        else bootstrap_interval(_grouped(kl_values, per_prompt_count), seed),
+        kl_per_sequence=None if kl_values is None else bootstrap_interval(_grouped(kl_values, per_prompt_count), seed),
         kl_per_token=None if kl_values is None else math.fsum(kl_values) / max(1, sum(lengths)),
         length=length_stats(lengths),
         eos_rate=_share(completion.finished for _, _, completion in flat),
@@ -199,10 +189,7 @@ def measure(
         distinct_1=distinct_n(tokens, 1),
         distinct_2=distinct_n(tokens, 2),
         repetition=repetition(tokens),
-        per_prompt={
-            name: [math.fsum(values) / len(values) for values in rows]
-            for name, rows in grouped.items()
-        },
+        per_prompt={name: [math.fsum(values) / len(values) for values in rows] for name, rows in grouped.items()},
         rows=_rows(flat, prompt_texts, texts, _extra_columns(columns, score_values, kl_values)),
     )
 
@@ -290,9 +277,7 @@ def _rows(
 def _estimate_dict(estimate: Estimate | None) -> dict[str, float | None] | None:
     if estimate is None:
         return None
-    return {
-        name: value if math.isfinite(value) else None for name, value in estimate._asdict().items()
-    }
+    return {name: value if math.isfinite(value) else None for name, value in estimate._asdict().items()}
 
 
 def _ends(saved: Mapping[str, float | None]) -> dict[str, float]:

@@ -68,9 +68,7 @@ class Summary:
             lines.append("")
         return "\n".join(lines)
 
-    def __rich_console__(
-        self, console: Console, options: ConsoleOptions
-    ) -> Iterator[RenderableType]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.padding import Padding
         from rich.text import Text
 
@@ -109,10 +107,7 @@ class Summary:
         for title in self.names:
             table.add_column(f"{title}: prompt and response", ratio=1, overflow="fold")
         for pair in self.samples:
-            texts = [
-                Text.assemble((row["prompt"], "dim"), "\n" * _breaks(row), (_shown(row), "bold"))
-                for row in pair
-            ]
+            texts = [Text.assemble((row["prompt"], "dim"), "\n" * _breaks(row), (_shown(row), "bold")) for row in pair]
             table.add_row(*texts)
         return table
 
@@ -186,9 +181,7 @@ def summarise(
     Raises ValueError when the reports are not of the same prompts.
     """
     differences = {
-        name: Estimate(
-            *(math.nan if value[end] is None else value[end] for end in Estimate._fields)
-        )
+        name: Estimate(*(math.nan if value[end] is None else value[end] for end in Estimate._fields))
         for name, value in compare_reports(before, after, seed).items()
     }
     firsts = before.rows[:: before.samples_per_prompt], after.rows[:: after.samples_per_prompt]
@@ -247,10 +240,7 @@ def _kl_sentence(summary: Summary, before_name: str) -> str:
     if kl is None:
         return ""
     lengths = f"{summary.before.length.mean:.1f} to {summary.after.length.mean:.1f} tokens"
-    return (
-        f"It stands {kl.mean:.2f} nats per response from {before_name}, and the mean length went "
-        f"from {lengths}."
-    )
+    return f"It stands {kl.mean:.2f} nats per response from {before_name}, and the mean length went from {lengths}."
 
 
 def _warnings(summary: Summary) -> Iterator[str]:
@@ -283,24 +273,25 @@ def _moved(difference: Estimate) -> str:
 
 def _interval(value: Estimate) -> str:
     """Return `+0.21 [0.17, 0.25]`, or the mean alone where there is no interval."""
-    if not math.isfinite(value.low):
-        return f"{value.mean:+.3f}"
-    return f"{value.mean:+.3f} [{value.low:.3f}, {value.high:.3f}]"
+    return _joined(_estimate_cell(value, signed=True))
 
 
 def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _estimate_cell(
-    value: Estimate | None, *, signed: bool = False, digits: int = 3
-) -> tuple[str, str]:
+def _estimate_cell(value: Estimate | None, *, signed: bool = False, digits: int = 3) -> tuple[str, str]:
     if value is None:
         return NOTHING, ""
-    mean = f"{value.mean:{'+' if signed else ''}.{digits}f}"
+    mean = _figure(value.mean, digits, "+" if signed else "")
     if not math.isfinite(value.low):
         return mean, ""
-    return mean, f"[{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return mean, f"[{_figure(value.low, digits)}, {_figure(value.high, digits)}]"
+
+
+def _figure(value: float, digits: int, sign: str = "") -> str:
+    """Return the number with `digits` decimals, never as -0."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def _number_cell(value: float | None) -> tuple[str, str]:
@@ -308,8 +299,8 @@ def _number_cell(value: float | None) -> tuple[str, str]:
 
 
 def _plain_row(title: str, before: float, after: float, digits: int = 3) -> Row:
-    shown = (f"{before:.{digits}f}", ""), (f"{after:.{digits}f}", "")
-    return Row(title, *shown, (f"{after - before:+.{digits}f}", ""))
+    difference = _figure(after - before, digits, "+")
+    return Row(title, (_figure(before, digits), ""), (_figure(after, digits), ""), (difference, ""))
 
 
 def _joined(cell: tuple[str, str]) -> str:

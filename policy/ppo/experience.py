@@ -74,7 +74,7 @@ def make_experience(roles: Roles, batch: RolloutBatch, ppo: PpoSection, kl_coef:
     """
     batch = batch.to(roles.device)
     old_logprobs, entropy = policy_logprobs(roles, roles.policy, batch)
-    ref_logprobs, _ = policy_logprobs(roles, roles.reference, batch)
+    ref_logprobs, _ = policy_logprobs(roles, roles.reference, batch, with_entropy=False)
     values = critic_values(roles, batch)
     raw = raw_scores(roles, batch)
     scores = normalise_scores(raw, roles.normalisation.mean, roles.normalisation.std, ppo.score_clip)
@@ -98,14 +98,16 @@ def make_experience(roles: Roles, batch: RolloutBatch, ppo: PpoSection, kl_coef:
 
 
 @torch.no_grad()
-def policy_logprobs(roles: Roles, model: PreTrainedModel, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+def policy_logprobs(
+    roles: Roles, model: PreTrainedModel, batch: RolloutBatch, *, with_entropy: bool = True
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [B,R] of the responses, forwarded in length-sorted token-budget slices."""
     logprobs = torch.zeros(batch.response_mask.shape, dtype=torch.float32, device=roles.device)
     entropy = torch.zeros_like(logprobs)
     for rows in micro_batches(batch, roles.max_tokens):
         part = batch.select(rows)
         with roles.autocast():
-            scores = response_scores(model, part, roles.temperature)
+            scores = response_scores(model, part, roles.temperature, with_entropy=with_entropy)
         width = part.response_ids.shape[1]
         logprobs[rows, :width] = scores.logprobs.float()
         entropy[rows, :width] = scores.entropy.float()

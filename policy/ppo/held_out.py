@@ -44,9 +44,7 @@ class HeldOut:
             seed=recipe.seed,
         )
         scores, kl = _scores_and_kl(roles, samples, self.encoder)
-        return measure(
-            samples, self.encoder, self.judges, scores=scores, kl_per_sequence=kl, seed=recipe.seed
-        )
+        return measure(samples, self.encoder, self.judges, scores=scores, kl_per_sequence=kl, seed=recipe.seed)
 
 
 def save_report(out: Path, update: int, report: PolicyReport) -> None:
@@ -82,8 +80,8 @@ def _scores_and_kl(roles: Roles, samples: SampledResponses, encoder: Encoder) ->
         batch = RolloutBatch.from_completions(
             [ids for _, ids, _ in part], [completion for _, _, completion in part], encoder.pad_token_id
         ).to(roles.device)
-        policy, _ = policy_logprobs(roles, roles.policy, batch)
-        reference, _ = policy_logprobs(roles, roles.reference, batch)
+        policy, _ = policy_logprobs(roles, roles.policy, batch, with_entropy=False)
+        reference, _ = policy_logprobs(roles, roles.reference, batch, with_entropy=False)
         kl.append((policy - reference).sum(1).cpu())
         scores.append(roles.normalisation.apply(raw_scores(roles, batch)).cpu())
     return torch.cat(scores), torch.cat(kl)

@@ -187,7 +187,6 @@ def policy_loss(
     high = options.cliprange if options.cliprange_high is None else options.cliprange_high
     log_ratio = torch.where(response_mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    advantages = torch.where(response_mask, advantages, 0.0)
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - options.cliprange, 1 + high)
     losses = torch.maximum(plain, clipped)

@@ -25,12 +25,13 @@ from pipeline.evaluation.summary import summarise
 from pipeline.recipe import Recipe
 from pipeline.stage import Stage, stage_main
 from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts, load_tokenizer, tokenizer_sha256
-from policy.models import check_projection, disable_dropout, load_policy, load_value_model, save_model
+from policy.models import cast, check_projection, disable_dropout, load_policy, load_value_model, save_model
 from policy.ppo.experience import Experience, Roles, check_engine, make_experience
 from policy.ppo.held_out import HeldOut, load_report, report_metrics, save_report
 from policy.ppo.maths import AdaptiveKLController, FixedKLController, explained_variance
 from policy.ppo.state import load_newest_state, save_state
 from policy.ppo.update import Learner, ppo_update
+from policy.tensors import masked_mean
 from reward_model.score import load_reward_model, read_normalisation
 from rollout.batch import RolloutBatch
 from rollout.engine import RolloutEngine, SamplingOptions
@@ -113,9 +114,9 @@ def set_up(stage: Stage) -> Run:
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     train, held_out = _prompts(stage, encoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(policy_input.path, "float32").to(device)
+    policy = load_policy(policy_input.path, "float32", device)
     check_projection(policy, policy_input.path)
-    reference = load_policy(policy_input.path, "float32").to(device).requires_grad_(False)
+    reference = load_policy(policy_input.path, "float32", device).requires_grad_(False)
     critic = load_value_model(
         reward_input.path, "float32", mean=normalisation.mean, std=normalisation.std, head=ppo.critic_head
     ).to(device)
@@ -129,7 +130,9 @@ def set_up(stage: Stage) -> Run:
         normalisation=normalisation,
         temperature=recipe.rollout.temperature,
         max_tokens=ppo.max_tokens_per_micro_batch,
-        autocast=partial(torch.autocast, device.type, torch.bfloat16) if recipe.model.dtype == "bfloat16" else nullcontext,
+        autocast=partial(torch.autocast, device.type, torch.bfloat16)
+        if recipe.model.dtype == "bfloat16"
+        else nullcontext,
     )
     if ppo.kl_target_per_sequence is None:
         controller = FixedKLController(ppo.kl_coef)
@@ -199,15 +202,16 @@ def summarise_update(
         "objective/kl": kl,
         "objective/non_score_reward": -penalty,
         "objective/rlhf_reward": scores - penalty,
-        "objective/entropy": -(experience.old_logprobs * mask).sum(1).mean().item(),
+        "objective/entropy": float(-(experience.old_logprobs * mask).sum(1).mean()),
         "objective/kl_coef": training.controller.kl_coef,
+        "policy/entropy_avg": masked_mean(experience.entropy, mask).item(),
         **losses,
         "val/explained_variance": explained_variance(experience.values, experience.returns, mask).item(),
         "response/length": lengths.mean().item(),
         "response/eos_rate": experience.batch.finished.float().mean().item(),
         "rollout/max_logprob_gap": gap[0],
         "rollout/mean_probability_gap": gap[1],
-        "lr/policy": training.learner.policy_schedule.get_last_lr()[0],
+        "lr/policy": float(training.learner.policy_schedule.get_last_lr()[0]),
         "time/rollout_tokens_per_second": lengths.sum().item() / training.seconds["rollout"],
         **seconds,
     }
@@ -229,9 +233,9 @@ def finish(training: Run) -> dict[str, Any]:
     """Saves policy and critic, compares with SFT, prints and writes the summary; returns the final metrics."""
     stage, recipe = training.stage, training.recipe
     before, after = load_report(stage.out, 0), load_report(stage.out, recipe.ppo.updates)
-    dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
-    save_model(training.roles.policy.to(dtype), training.encoder.tokenizer, stage.out)
-    save_model(training.roles.critic.model.to(dtype), training.encoder.tokenizer, stage.out / "critic")
+    dtype = recipe.model.dtype
+    save_model(cast(training.roles.policy, dtype), training.encoder.tokenizer, stage.out)
+    save_model(cast(training.roles.critic.model, dtype), training.encoder.tokenizer, stage.out / "critic")
     summary = summarise(before, after, shown=recipe.eval.shown_samples, seed=recipe.seed)
     stage.console.print(summary)
     (stage.out / "summary.md").write_text(summary.markdown(), encoding="utf-8")
@@ -275,7 +279,9 @@ def _say_arithmetic(stage: Stage, roles: Roles, engine: RolloutEngine) -> None:
     ppo = stage.recipe.ppo
     size = sum(p.numel() for p in roles.policy.parameters()) / 1e6
     stage.say(f"policy {size:.1f}M parameters, rollouts by {engine.name} {engine.version}")
-    stage.say(f"critic starts from the reward model, its head {'kept' if ppo.critic_head == 'reward_model' else 'zero'}")
+    stage.say(
+        f"critic starts from the reward model, its head {'kept' if ppo.critic_head == 'reward_model' else 'zero'}"
+    )
     stage.say(
         f"1 update = {ppo.rollout_batch_size} sequences, {ppo.num_ppo_epochs} epochs x {ppo.num_minibatches} "
         f"minibatches = {ppo.num_ppo_epochs * ppo.num_minibatches} optimiser steps of "

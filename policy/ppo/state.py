@@ -20,16 +20,14 @@ KEPT = 2
 _NAME = re.compile(r"update_(\d+)\.pt")
 
 
-def save_state(
-    directory: Path, update: int, roles: Roles, learner: Learner, controller: FixedKLController
-) -> None:
+def save_state(directory: Path, update: int, roles: Roles, learner: Learner, controller: FixedKLController) -> None:
     """Writes `update_<n>.pt` after `update` updates: weights, optimisers, schedules, RNGs, KL controller.
 
     Data order and sampling seeds are functions of the update number, so it is the data position too. The last
     two states are kept.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    name, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+    numpy_rng = numpy.random.get_state(legacy=False)
     state = {
         "update": update,
         "policy": roles.policy.state_dict(),
@@ -38,7 +36,13 @@ def save_state(
         "kl_controller": controller.state_dict(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy_rng": (str(name), torch.tensor(keys.astype("int64")), int(position), int(has_gauss), float(gauss)),
+        "numpy_rng": {
+            "bit_generator": numpy_rng["bit_generator"],
+            "key": torch.from_numpy(numpy_rng["state"]["key"].astype("int64")),
+            "pos": int(numpy_rng["state"]["pos"]),
+            "has_gauss": int(numpy_rng["has_gauss"]),
+            "gauss": float(numpy_rng["gauss"]),
+        },
         "python_rng": random.getstate(),
     }
     beside = directory / f".update_{update:06d}.tmp"
@@ -65,8 +69,9 @@ def load_newest_state(directory: Path, roles: Roles, learner: Learner, controlle
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-    name, keys, position, has_gauss, gauss = state["numpy_rng"]
-    numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, gauss))
+    saved = state["numpy_rng"]
+    key = saved["key"].numpy().astype("uint32")
+    numpy.random.set_state((saved["bit_generator"], key, saved["pos"], saved["has_gauss"], saved["gauss"]))
     random.setstate(state["python_rng"])
     return int(state["update"])
 

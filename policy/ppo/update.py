@@ -34,9 +34,7 @@ class Learner:
 
         def optimizer(model: nn.Module, learning_rate: float) -> AdamW:
             parameters = [p for p in model.parameters() if p.requires_grad]
-            return AdamW(
-                parameters, lr=learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True
-            )
+            return AdamW(parameters, lr=learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True)
 
         def factor(update: int) -> float:
             return 1.0 - update / ppo.updates if ppo.lr_schedule == "linear" else 1.0
@@ -98,7 +96,7 @@ def _optimiser_step(
     """One step of both optimisers over the sequences `rows`."""
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=roles.device))
     minibatch = experience.batch.select(rows)
-    denominator = minibatch.response_mask.sum()
+    denominator = float(minibatch.response_mask.sum())
     learner.policy_optimizer.zero_grad(set_to_none=True)
     learner.critic_optimizer.zero_grad(set_to_none=True)
     for slice_ in micro_batches(minibatch, roles.max_tokens):
@@ -115,16 +113,16 @@ def _optimiser_step(
 
 
 def _micro_batch(
-    roles: Roles, experience: Experience, rows: list[int], ppo: PpoSection, denominator: Tensor
+    roles: Roles, experience: Experience, rows: list[int], ppo: PpoSection, denominator: float
 ) -> dict[str, Tensor]:
     """Forward and backward of policy and critic; returns this slice's share of the step's metrics."""
     part = experience.batch.select(rows)
     width = part.response_ids.shape[1]
     mask = part.response_mask
     with roles.autocast():
-        new = response_scores(roles.policy, part, roles.temperature)
+        logprobs = response_scores(roles.policy, part, roles.temperature, with_entropy=False).logprobs
     loss, policy_metrics = policy_loss(
-        new.logprobs,
+        logprobs,
         experience.old_logprobs[rows, :width],
         experience.advantages[rows, :width],
         mask,
@@ -148,7 +146,6 @@ def _micro_batch(
         "loss/value_avg": critic_loss.detach(),
         "policy/approxkl_avg": policy_metrics["approx_kl"],
         "policy/clipfrac_avg": policy_metrics["clipfrac"],
-        "policy/entropy_avg": (new.entropy.detach() * mask).sum() / denominator,
         "val/ratio": policy_metrics["ratio"],
         "val/clipfrac_avg": value_metrics["clipfrac"],
     }

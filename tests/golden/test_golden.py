@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from beartype import BeartypeConf, beartype
+from jaxtyping import TypeCheckError, jaxtyped
 
+from tests.golden import adapter
 from tests.golden.adapter import ADAPTERS
 from tests.golden.check import TOLERANCE, Case, case_errors, main, read_cases, relative_error
 
@@ -49,3 +53,21 @@ def test_the_command_exits_1_on_a_wrong_number_and_lists_what_is_missing(
     assert "no_such" in printed
     path.write_text(json.dumps({"cases": cases[1:]}))
     assert main([str(path)]) == 0
+
+
+ANNOTATED = [
+    "logprobs_from_hidden", "logprobs_from_logits", "masked_mean", "masked_reduce", "masked_whiten",
+    "gae", "kl_estimate", "policy_loss", "token_rewards", "value_loss",
+    "bradley_terry_loss", "pairs_of_ranks", "plackett_luce_loss", "ranking_loss",
+]  # fmt: skip
+
+
+def test_the_annotated_shapes_hold_on_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = beartype(conf=BeartypeConf(is_pep484_tower=True))
+    for name in ANNOTATED:
+        monkeypatch.setattr(adapter, name, jaxtyped(typechecker=checker)(getattr(adapter, name)))
+    for case in CASES:
+        if case["fn"] in ADAPTERS:
+            case_errors(case)
+    with pytest.raises(TypeCheckError, match="mask"):
+        adapter.masked_mean(torch.zeros(2, 3), torch.ones(2, 1, dtype=torch.bool))

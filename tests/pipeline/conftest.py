@@ -20,9 +20,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_tokenizer(
-    directory: Path, *, pad: str | None = "<pad>", chat_template: str | None = None
-) -> Path:
+def save_tiny_tokenizer(directory: Path, *, pad: str | None = "<pad>", chat_template: str | None = None) -> Path:
     """Byte-level BPE of 300 tokens with `<s>`, `</s>`, `<pad>` and `<unused0>`; adds BOS only."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -40,9 +38,7 @@ def save_tiny_tokenizer(
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token=pad
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token=pad)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(directory)
     return directory
@@ -69,6 +65,4 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_chat_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a chat template that prints BOS, `[role] content` lines and `[assistant]`."""
-    return save_tiny_tokenizer(
-        tmp_path_factory.mktemp("tiny-chat-tokenizer"), chat_template=CHAT_TEMPLATE
-    )
+    return save_tiny_tokenizer(tmp_path_factory.mktemp("tiny-chat-tokenizer"), chat_template=CHAT_TEMPLATE)

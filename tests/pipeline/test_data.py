@@ -63,9 +63,7 @@ def test_no_prompt_is_in_two_splits_whatever_the_rows(
     sides: list[dict[str, str]] = []
     for name in ("a", "b"):
         random.shuffle(body)
-        section = DataSection(
-            sft=write(folder / f"{name}.jsonl", body + filler), split_seed=seed, eval_fraction=0.4
-        )
+        section = DataSection(sft=write(folder / f"{name}.jsonl", body + filler), split_seed=seed, eval_fraction=0.4)
         split = load_sft(section)
         train = {e.prompt.key for e in split.train if e.prompt}
         held_out = {e.prompt.key for e in split.eval if e.prompt}
@@ -122,9 +120,7 @@ def test_an_unknown_split_name(tmp_path: Path) -> None:
 
 def test_empty_splits_are_refused(tmp_path: Path) -> None:
     one = write(tmp_path / "a.jsonl", [{"prompt": "p", "split": "train"}])
-    with pytest.raises(
-        UserError, match=r"eval split is empty: none of the 1 .*Raise data\.eval_fr"
-    ):
+    with pytest.raises(UserError, match=r"eval split is empty: none of the 1 .*Raise data\.eval_fr"):
         load_prompts(DataSection(prompts=one))
     other = write(tmp_path / "b.jsonl", [{"prompt": "p", "split": "eval"}])
     with pytest.raises(UserError, match=r"train split is empty.*Lower data\.eval_fraction"):
@@ -153,16 +149,12 @@ def test_skipping_counts_and_lists(tmp_path: Path) -> None:
 
 def test_a_file_of_bad_rows_only(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"question": "p"}] * 3)
-    with pytest.raises(
-        UserError, match=r"all 3 rows were skipped; the first: .*a\.jsonl:1: has the"
-    ):
+    with pytest.raises(UserError, match=r"all 3 rows were skipped; the first: .*a\.jsonl:1: has the"):
         load_sft(DataSection(sft=path, on_error="skip"))
 
 
 def test_ranking_counts(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"p{i}", "responses": ["a", "b", "c"], "ranks": [0, 1, 1]} for i in range(40)
-    ]
+    rows = [{"prompt": f"p{i}", "responses": ["a", "b", "c"], "ranks": [0, 1, 1]} for i in range(40)]
     rows += [{"prompt": f"q{i}", "responses": ["a", "b"], "ranks": [2, 2]} for i in range(5)]
     rows += rows[:3]
     split = load_rankings(DataSection(preferences=write(tmp_path / "a.jsonl", rows)))

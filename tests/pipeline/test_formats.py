@@ -27,10 +27,7 @@ ROWS = [
     }
     for i in range(40)
 ]
-RANKINGS = [
-    {"prompt": f"p{i}", "responses": ["a", "b, c"], "ranks": [0, 1], "scores": [1.5, 0]}
-    for i in range(40)
-]
+RANKINGS = [{"prompt": f"p{i}", "responses": ["a", "b, c"], "ranks": [0, 1], "scores": [1.5, 0]} for i in range(40)]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -200,17 +197,13 @@ def test_bom_and_empty_lines_are_tolerated_and_counted(tmp_path: Path) -> None:
     assert split.report["rows"] == 60
     assert split.report["counts"]["empty lines"] == 59
     assert "é 0" in {example.response for example in split.train + split.eval}
-    (tmp_path / "a.csv").write_bytes(
-        b"\xef\xbb\xbftext\n" + b"".join(b"w%d\n\n" % i for i in range(60))
-    )
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\n" + b"".join(b"w%d\n\n" % i for i in range(60)))
     assert load_sft(DataSection(sft=str(tmp_path / "a.csv"))).report["rows"] == 60
 
 
 def test_missing_things_name_the_key_and_a_neighbour(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "prefs.jsonl", ROWS)
-    with pytest.raises(
-        UserError, match=r"data\.preferences: .*pref\.jsonl does not exist.*prefs\.jsonl\?"
-    ):
+    with pytest.raises(UserError, match=r"data\.preferences: .*pref\.jsonl does not exist.*prefs\.jsonl\?"):
         load_rankings(DataSection(preferences=str(tmp_path / "pref.jsonl")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"data\.prompts: .* holds no data file"):

@@ -188,9 +188,7 @@ BAD_ROWS: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("kind", "values", "parts"), BAD_ROWS)
-def test_refusals_name_place_field_and_excerpt(
-    kind: str, values: dict[str, Any], parts: list[str]
-) -> None:
+def test_refusals_name_place_field_and_excerpt(kind: str, values: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(RowError) as caught:
         parse(kind, values)
     message = f"{caught.value} {caught.value.mend}"
@@ -207,22 +205,13 @@ def test_a_second_form_in_one_source_is_refused() -> None:
 
 
 ANSWERS = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=5)
-RANKS = st.lists(
-    st.one_of(st.integers(-2, 2), st.sampled_from([0.5, float("nan"), float("inf")])), max_size=5
-)
+RANKS = st.lists(st.one_of(st.integers(-2, 2), st.sampled_from([0.5, float("nan"), float("inf")])), max_size=5)
 
 
 @given(ANSWERS, RANKS)
-def test_a_ranking_is_taken_exactly_when_it_is_consistent(
-    answers: list[str], ranks: list[float]
-) -> None:
+def test_a_ranking_is_taken_exactly_when_it_is_consistent(answers: list[str], ranks: list[float]) -> None:
     one_rank_each = len({(a, r) for a, r in zip(answers, ranks, strict=False)}) == len(set(answers))
-    good = (
-        len(answers) >= 2
-        and len(ranks) == len(answers)
-        and all(abs(rank) <= 2 for rank in ranks)
-        and one_rank_each
-    )
+    good = len(answers) >= 2 and len(ranks) == len(answers) and all(abs(rank) <= 2 for rank in ranks) and one_rank_each
     row = {"prompt": "p", "responses": answers, "ranks": ranks}
     if good:
         [ranking] = parse("preferences", row)

@@ -122,9 +122,7 @@ def test_round_trip(encoder: Encoder, prompt: str, response: str) -> None:
     assert long.decode(prompt_ids + response_ids) == prompt + response
 
 
-@pytest.mark.skipif(
-    not (DEMO_BASE / "tokenizer.json").is_file(), reason="the demo base model is not there"
-)
+@pytest.mark.skipif(not (DEMO_BASE / "tokenizer.json").is_file(), reason="the demo base model is not there")
 def test_the_demo_base_tokenizer() -> None:
     encoder = Encoder(load_tokenizer(DEMO_BASE, model()), 100, 100)
     for text in ("this movie is", " a quiet , well made film ."):
@@ -137,9 +135,7 @@ def test_the_demo_base_tokenizer() -> None:
 
 def test_pad_token_is_checked(tmp_path: Path, tokenizer_factory: Callable[..., Path]) -> None:
     same = tokenizer_factory(tmp_path / "same", pad="</s>")
-    with pytest.raises(
-        UserError, match=r"pads with its EOS token '</s>'.*example '<pad>', '<unused0>'"
-    ):
+    with pytest.raises(UserError, match=r"pads with its EOS token '</s>'.*example '<pad>', '<unused0>'"):
         load_tokenizer(same, model())
     assert load_tokenizer(same, model(pad_token="<unused0>")).pad_token_id == 3
     with pytest.raises(UserError, match=r"model\.pad_token '<nope>' is not in the vocabulary"):
@@ -169,9 +165,7 @@ def test_a_directory_without_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "missing", model())
 
 
-def test_chat_template_from_text_or_file(
-    tiny_tokenizer_dir: Path, tmp_path: Path, chat_template: str
-) -> None:
+def test_chat_template_from_text_or_file(tiny_tokenizer_dir: Path, tmp_path: Path, chat_template: str) -> None:
     (tmp_path / "chat.jinja").write_text(chat_template)
     by_text = load_tokenizer(tiny_tokenizer_dir, model(chat_template=chat_template))
     by_file = load_tokenizer(tiny_tokenizer_dir, model(chat_template=str(tmp_path / "chat.jinja")))
@@ -294,9 +288,7 @@ def test_rankings(encoder: Encoder) -> None:
     assert encoded[1].response_ids == [[token] * 8] * 2
     assert len(encoded) == 2
     assert (report.responses, report.responses_truncated) == (5, 3)
-    assert report.warnings == {
-        "rankings have answers of different rank that are equal once truncated": 1
-    }
+    assert report.warnings == {"rankings have answers of different rank that are equal once truncated": 1}
 
 
 def test_special_tokens_inside_a_response_are_reported(encoder: Encoder) -> None:

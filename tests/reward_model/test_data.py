@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,13 +37,17 @@ def test_all_tied_rankings_are_left_out() -> None:
     assert with_ordered_pair([tied, ordered]) == [ordered]
 
 
+def rows_of(rankings: list[EncodedRanking]) -> list[dict[str, Any]]:
+    return list(ranking_dataset(rankings))  # pyright: ignore[reportReturnType]
+
+
 def test_a_batch_by_hand() -> None:
     rankings = [
         EncodedRanking([1], [[3, EOS], [4, 5, EOS]], (1.0, 0.0), (-1.0, 2.0)),
         EncodedRanking([1, 6], [[7], [8], [9]], (0.0, 2.0, 1.0), (3.0, 0.5, 1.0)),
     ]
-    batch = RankingCollator(PAD, with_ratings=True)(list(ranking_dataset(rankings)))
-    assert list(batch)[0] == "mask"
+    batch = RankingCollator(PAD, with_ratings=True)(rows_of(rankings))
+    assert next(iter(batch)) == "mask"
     assert batch["mask"].tolist() == [[True, True, False], [True, True, True]]
     assert batch["input_ids"].tolist() == [
         [1, 3, EOS, PAD],
@@ -57,7 +63,7 @@ def test_a_batch_by_hand() -> None:
 
 def test_ratings_stay_out_unless_wanted() -> None:
     rankings = [EncodedRanking([1], [[3], [4]], (0.0, 1.0), None)]
-    assert "ratings" not in RankingCollator(PAD)(list(ranking_dataset(rankings)))
+    assert "ratings" not in RankingCollator(PAD)(rows_of(rankings))
 
 
 def test_lengths_are_those_of_the_longest_answer() -> None:
@@ -67,9 +73,7 @@ def test_lengths_are_those_of_the_longest_answer() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 5), st.integers(0, 3))
-def test_sampler_gives_every_index_once_and_the_same_order_again(
-    count: int, batch: int, seed: int, epoch: int
-) -> None:
+def test_sampler_gives_every_index_once_and_the_same_order_again(count: int, batch: int, seed: int, epoch: int) -> None:
     lengths = [(7 * index) % 13 + 1 for index in range(count)]
     first = LengthGroupedSampler(lengths, batch, seed)
     first.set_epoch(epoch)
@@ -109,8 +113,6 @@ def test_good_rankings_pass() -> None:
         ([1], [3, PAD], "padding token"),
     ],
 )
-def test_what_the_model_would_misread_is_refused(
-    prompt: list[int], answer: list[int], text: str
-) -> None:
+def test_what_the_model_would_misread_is_refused(prompt: list[int], answer: list[int], text: str) -> None:
     with pytest.raises(UserError, match=text):
         check_rankings([EncodedRanking(prompt, [[3], answer], (0.0, 1.0), None)], LIMITS)

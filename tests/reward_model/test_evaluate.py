@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pipeline.tokens import EncodedRanking
 from reward_model.evaluate import (
     accuracy,
+    across_prompts,
     average_ranks,
     calibration,
     evaluate_rankings,
@@ -96,12 +97,35 @@ def test_the_interval_resamples_prompts_not_pairs() -> None:
     # normal approximation over 40 prompts; over 400 pairs it would be 3.16 times narrower
     expected = 2 * 1.96 * math.sqrt(share * (1 - share) / 40)
     assert high - low == pytest.approx(expected, rel=0.1)
-    assert low < got["accuracy"] < high
+    assert low < share < high
 
 
 def test_accuracy_interval_is_reproducible() -> None:
     margin, cluster = np.array([1.0, -1.0, 2.0, 3.0]), np.array([0, 1, 2, 2])
     assert accuracy(margin, cluster, 3) == accuracy(margin, cluster, 3)
+
+
+def test_across_prompts_compares_answers_of_different_prompts() -> None:
+    """Within each ranking the order is right; scores of the second prompt are shifted, so across prompts it is not."""
+    rankings = [
+        EncodedRanking([1, 7], [[3], [4]], (0.0, 1.0), (1.0, 0.0)),
+        EncodedRanking([1, 8], [[3], [4]], (0.0, 1.0), (3.0, 2.0)),
+    ]
+    found = across_prompts(rankings, [[11.0, 10.0], [1.0, 0.0]], seed=0)
+    # Gaps of two answers: 1 within a prompt (right), 2 (a), 1 (b), 3 (c), 2 (d) across prompts (all wrong).
+    # Gap >= 1: pairs within 2 of 6, gap >= 2: across prompts only.
+    assert [row["gap"] for row in found] == [0.5, 1.0, 2.0]
+    assert found[0]["accuracy"] == pytest.approx(2 / 6, abs=0.02)
+    assert found[1]["accuracy"] == pytest.approx(2 / 6, abs=0.02)
+    assert (found[2]["accuracy"], found[2]["accuracy_low"], found[2]["accuracy_high"]) == (0.0, 0.0, 0.0)
+    # a resample of one prompt alone is all right, of both prompts 2 of 6
+    assert found[0]["accuracy_high"] == 1.0
+    agreeing = across_prompts(rankings, [[1.0, 0.0], [3.0, 2.0]], seed=0)
+    assert [row["accuracy"] for row in agreeing] == [1.0, 1.0, 1.0]
+
+
+def test_across_prompts_needs_ratings() -> None:
+    assert across_prompts([EncodedRanking([1], [[3], [4]], (0.0, 1.0), None)], [[1.0, 0.0]], seed=0) == []
 
 
 def test_buckets_by_rating_gap() -> None:
@@ -156,14 +180,19 @@ def test_calibration_of_certain_pairs_falls_in_the_last_bin() -> None:
 SERIES = st.lists(st.integers(-5, 5), min_size=3, max_size=30)
 
 
+def counted_ranks(values: list[int]) -> list[float]:
+    """Rank by definition: those below, and half of its equals."""
+    return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+
 @settings(max_examples=50, deadline=None)
 @given(SERIES)
-def test_correlations_agree_with_scipy(values: list[int]) -> None:
-    stats = pytest.importorskip("scipy.stats")
+def test_correlations_agree_with_numpy_and_the_definition_of_ranks(values: list[int]) -> None:
     other = [(v * 7 + index * 3) % 11 for index, v in enumerate(values)]
+    assert average_ranks(values).tolist() == counted_ranks(values)
     if len(set(values)) == 1 or len(set(other)) == 1:
         assert math.isnan(spearman(values, other))
         return
-    assert average_ranks(values).tolist() == stats.rankdata(values).tolist()
-    assert pearson(values, other) == pytest.approx(stats.pearsonr(values, other)[0], abs=1e-9)
-    assert spearman(values, other) == pytest.approx(stats.spearmanr(values, other)[0], abs=1e-9)
+    assert pearson(values, other) == pytest.approx(np.corrcoef(values, other)[0, 1], abs=1e-9)
+    expected = np.corrcoef(counted_ranks(values), counted_ranks(other))[0, 1]
+    assert spearman(values, other) == pytest.approx(expected, abs=1e-9)

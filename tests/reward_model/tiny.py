@@ -11,8 +11,8 @@ PAD, BOS, EOS = 0, 1, 2
 
 
 def config(vocabulary: int = 40) -> LlamaConfig:
-    """Llama of two layers and 32 dimensions."""
-    return LlamaConfig(
+    """Llama of two layers and 32 dimensions, with one output as a classifier."""
+    made = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
@@ -25,8 +25,9 @@ def config(vocabulary: int = 40) -> LlamaConfig:
         bos_token_id=BOS,
         eos_token_id=EOS,
         tie_word_embeddings=True,
-        num_labels=1,
     )
+    made.num_labels = 1
+    return made
 
 
 def language_model(seed: int = 0, vocabulary: int = 40) -> LlamaForCausalLM:
@@ -41,9 +42,7 @@ def reward_model(seed: int = 0, vocabulary: int = 40) -> LlamaForSequenceClassif
     return LlamaForSequenceClassification(config(vocabulary)).eval()
 
 
-def random_rankings(
-    count: int, seed: int, sizes: tuple[int, ...] = (2, 3, 4)
-) -> list[EncodedRanking]:
+def random_rankings(count: int, seed: int, sizes: tuple[int, ...] = (2, 3, 4)) -> list[EncodedRanking]:
     """Rankings of uneven lengths and numbers of answers, all ranks different, ratings falling with the rank."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -82,6 +82,18 @@ def test_report_by_hand(encoder: Encoder) -> None:
     }
 
 
+def test_diversity_is_of_the_sampled_tokens(encoder: Encoder) -> None:
+    # Bigrams 5-6 6-5 5-6 6-5 | 5-6: 2 of 5 differ; trigrams 565 656 565: a third repeats in one of two responses.
+    rows = [[Completion(ids, (-1.0,) * len(ids), True)] for ids in ((5, 6, 5, 6, 5), (5, 6))]
+    prompts = [Prompt("a"), Prompt("b")]
+    report = measure(
+        SampledResponses(prompts, [[1], [1]], rows), encoder, {}, scores=None, kl_per_sequence=None, seed=0
+    )
+    assert report.distinct_1 == pytest.approx(2 / 7)
+    assert report.distinct_2 == pytest.approx(2 / 5)
+    assert report.repetition == pytest.approx(1 / 6)
+
+
 def test_interval_resamples_prompts(encoder: Encoder) -> None:
     # Samples differ within prompts only: the prompt means are equal, so the interval has no width.
     report = measure(

@@ -1,0 +1,197 @@
+"""The stages: how each is started, what it reads, and the fingerprint of what decides its result.
+
+Stages are named by module string and none is imported: planning costs neither torch nor trl.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import identity, sha256_file
+from pipeline.errors import UserError
+from pipeline.recipe import DataSource, Recipe
+from pipeline.sources import fingerprint as source_fingerprint
+from pipeline.sources import locate
+from pipeline.stage import tristage_version
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a stage: the key that overrides it, or the stage that makes it."""
+
+    key: str
+    made_by: str | None
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """How a stage is started, what it reads and which recipe sections decide its result."""
+
+    module: str
+    inputs: Mapping[str, Input]
+    sections: tuple[str, ...]
+    data: tuple[str, ...]
+
+
+POLICIES = ("model", "sft", "ppo")
+STAGES: dict[str, StageSpec] = {
+    "sft": StageSpec(
+        "policy.sft",
+        {"model": Input("sft.init_from", None, POLICIES)},
+        ("model", "data", "sft"),
+        ("sft",),
+    ),
+    "rm": StageSpec(
+        "reward_model.train",
+        {"policy": Input("rm.init_from", "sft", POLICIES)},
+        ("model", "data", "rm", "rollout"),
+        ("preferences", "prompts"),
+    ),
+    "ppo": StageSpec(
+        "policy.ppo.stage",
+        {
+            "policy": Input("ppo.policy", "sft", POLICIES),
+            "reward_model": Input("ppo.reward_model", "rm", ("rm",)),
+        },
+        ("model", "data", "ppo", "rollout", "eval"),
+        ("prompts",),
+    ),
+    "generate": StageSpec(
+        "rollout.generate",
+        {"policy": Input("generate.policy", "ppo", POLICIES)},
+        ("model", "data", "rollout", "eval"),
+        ("prompts",),
+    ),
+}
+ORDER = ("sft", "rm", "ppo")
+NOT_DECISIVE = {
+    "model": {"name_or_path"},
+    "data": {"sft", "preferences", "prompts"},
+    "sft": {"init_from"},
+    "rm": {"init_from"},
+    "ppo": {"policy", "reward_model", "max_tokens_per_micro_batch", "save_every"},
+    "rollout": {"kv_cache_gib", "gpu_memory_utilization", "logprob_tolerance"},
+}
+"""Keys outside the fingerprint: paths, for which the contents they lead to stand in, and what no result depends on."""
+NOT_DECISIVE_TRAINER = ("save_", "logging_")
+
+
+def run_directory(recipe: Recipe) -> Path:
+    """`output_dir/name`, relative to the working directory."""
+    return Path(recipe.output_dir) / recipe.name
+
+
+def input_paths(recipe: Recipe, name: str, overrides: Mapping[str, str]) -> dict[str, str]:
+    """Where stage `name` reads each input from: an override, the recipe's key, or the stage that makes it."""
+    dumped = recipe.model_dump()
+    paths = {}
+    for role, entry in STAGES[name].inputs.items():
+        section, _, key = entry.key.partition(".")
+        chosen = overrides.get(role) or dumped.get(section, {}).get(key)
+        default = recipe.model.name_or_path if entry.made_by is None else str(run_directory(recipe) / entry.made_by)
+        paths[role] = str(chosen or default)
+    return paths
+
+
+def wanted_as(recipe: Recipe, name: str, role: str, path: str) -> str:
+    """The recipe key that says where an input lies."""
+    entry = STAGES[name].inputs[role]
+    by_default = entry.made_by is None and path == recipe.model.name_or_path
+    return "model.name_or_path" if by_default else entry.key
+
+
+def sources(recipe: Recipe, name: str) -> dict[str, str | DataSource]:
+    """The data sources that stage `name` reads; prompts fall back to preferences, then to sft."""
+    data = recipe.data
+    prompts = data.prompts or data.preferences or data.sft
+    fallback = {"sft": data.sft, "preferences": data.preferences, "prompts": prompts}
+    found = {}
+    for key in STAGES[name].data:
+        source = fallback[key]
+        if source is None:
+            raise UserError(f"{name}: data.{key} is not set.", mend=f"Set data.{key} in the recipe.")
+        found[key] = source
+    return found
+
+
+def named_files(recipe: Recipe, name: str) -> list[str]:
+    """Texts of the recipe that may name a file whose contents count: the chat template, the judges' arguments."""
+    named = [recipe.model.chat_template] if recipe.model.chat_template else []
+    if "eval" in STAGES[name].sections:
+        named += [v for judge in recipe.eval.judges.values() for v in judge.kwargs.values() if isinstance(v, str)]
+    return named
+
+
+def wanted_paths(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> list[str]:
+    """Every path or hub id that the stage would read."""
+    data = [source if isinstance(source, str) else source.path for source in sources(recipe, name).values()]
+    return [*inputs.values(), *data, *named_files(recipe, name)]
+
+
+def fingerprint(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a stage's result: recipe sections, seed, inputs, data files and the code's version.
+
+    Models and data count by their contents, not by where they lie.
+    """
+    spec = STAGES[name]
+    dumped = recipe.model_dump(mode="json")
+    data = {key: source_fingerprint(locate(source, f"data.{key}")) for key, source in sources(recipe, name).items()}
+    content = {
+        "stage": name,
+        "seed": recipe.seed,
+        "sections": {section: _decisive(section, dumped[section]) for section in spec.sections},
+        "inputs": {role: identity(path) for role, path in inputs.items()},
+        "data": {key: {k: v for k, v in entry.items() if k != "path"} for key, entry in data.items()},
+        "files": {path: sha256_file(Path(path)) for path in named_files(recipe, name) if _is_file(path)},
+        "version": tristage_version(),
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return {"sha256": digest, **content}
+
+
+def _decisive(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in values.items() if key not in NOT_DECISIVE.get(section, ())}
+    if "trainer" in kept:
+        kept["trainer"] = {k: v for k, v in kept["trainer"].items() if not k.startswith(NOT_DECISIVE_TRAINER)}
+    return kept
+
+
+def _is_file(path: str) -> bool:
+    """Whether a text is the path of a file; a template is one that is too long, or has line breaks."""
+    return len(path) < 1024 and "\n" not in path and os.path.isfile(path)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in the recipe's words."""
+    found = _changed_keys({"seed": before.get("seed")}, {"seed": now["seed"]})
+    found += _changed_keys(before.get("sections", {}), now["sections"])
+    words = {"inputs": "the contents of the input {}", "data": "the contents of data.{}", "files": "the file {}"}
+    for part, text in words.items():
+        old, new = before.get(part, {}), now[part]
+        found += [text.format(key) for key in {**old, **new} if old.get(key) != new.get(key)]
+    if before.get("version") != now["version"]:
+        found.append(f"tristage's version ({before.get('version')} -> {now['version']})")
+    return found or ["the form of the fingerprint"]
+
+
+def _changed_keys(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = {**before, **now}
+        return [
+            item
+            for key in keys
+            for item in _changed_keys(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if before == now else [f"{path} ({_brief(before)} -> {_brief(now)})"]
+
+
+def _brief(value: Any) -> str:
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."

@@ -1,0 +1,21 @@
+"""Settings for every test: no network, idle threads that let others work, repeatable property tests."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# Read by the libraries when they are imported, so they are set before any test module is.
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "WANDB_SILENT": "true",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+settings.register_profile("tristage", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("tristage")

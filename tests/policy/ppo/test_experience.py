@@ -1,0 +1,107 @@
+"""Experience: what the four models say of a rollout batch, and the check of the engine's weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from pipeline.errors import UserError
+from pipeline.recipe import PpoSection, Recipe
+from policy.ppo.experience import check_engine, make_experience
+from rollout.batch import RolloutBatch
+from rollout.engine import EngineOptions, SamplingOptions
+from rollout.hf_engine import TransformersEngine
+from tests.policy.conftest import EOS, PROMPTS, RESPONSES, make_batch, make_roles
+
+PPO = PpoSection(score_clip=None, missing_eos_penalty=2.0)
+FIELDS = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "kl", "entropy")
+
+
+def test_shaped_scores_follow_the_reward_model_read_at_the_last_token(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    experience = make_experience(roles, make_batch(), PPO, kl_coef=0.1)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_dir).eval()
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
+            raw = model.score(hidden).item()
+        penalty = 0.0 if response[-1] == EOS else 2.0
+        assert experience.scores[row].item() == pytest.approx(raw, abs=1e-5)
+        assert experience.shaped_scores[row].item() == pytest.approx((raw - 0.3) / 0.7 - penalty, abs=1e-5)
+
+
+def test_rewards_add_up_to_score_less_the_kl_penalty(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    with torch.no_grad():
+        noise = torch.randn(40, 16, generator=torch.manual_seed(3))
+        next(roles.policy.get_input_embeddings().parameters()).add_(0.1 * noise)
+    experience = make_experience(roles, make_batch(), PPO, kl_coef=0.1)
+    kl = (experience.old_logprobs - experience.ref_logprobs).sum(1)
+    assert kl.abs().min() > 1e-3
+    assert torch.allclose(experience.rewards.sum(1), experience.shaped_scores - 0.1 * kl, atol=1e-5)
+    last = torch.tensor([len(r) - 1 for r in RESPONSES])
+    rows = torch.arange(len(RESPONSES))
+    without_score = experience.rewards.clone()
+    without_score[rows, last] -= experience.shaped_scores
+    assert torch.allclose(without_score, -0.1 * experience.kl, atol=1e-5)
+
+
+def test_advantages_are_whitened_over_all_tokens_of_the_batch(policy_dir: Path, reward_dir: Path) -> None:
+    experience = make_experience(make_roles(policy_dir, reward_dir), make_batch(), PPO, kl_coef=0.1)
+    valid = experience.advantages[experience.batch.response_mask]
+    assert valid.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert valid.var(unbiased=False).item() == pytest.approx(1.0, abs=1e-4)
+    assert (experience.advantages[~experience.batch.response_mask] == 0).all()
+
+
+@pytest.mark.parametrize(("max_tokens", "padding"), [(1, (0, 0)), (12, (0, 0)), (25, (4, 3)), (10_000, (2, 5))])
+def test_micro_batches_and_padding_change_nothing(
+    policy_dir: Path, reward_dir: Path, max_tokens: int, padding: tuple[int, int]
+) -> None:
+    expected = make_experience(make_roles(policy_dir, reward_dir), make_batch(), PPO, kl_coef=0.1)
+    roles = make_roles(policy_dir, reward_dir, max_tokens=max_tokens)
+    got = make_experience(roles, make_batch(*padding), PPO, kl_coef=0.1)
+    width = expected.values.shape[1]
+    for name in FIELDS:
+        assert torch.allclose(vars(got)[name][:, :width], vars(expected)[name], atol=2e-5), name
+        assert (vars(got)[name][:, width:] == 0).all(), name
+
+
+def _rollout(policy_dir: Path) -> RolloutBatch:
+    options = EngineOptions(max_model_len=24, max_sequences=8, stop_token_ids=(EOS,))
+    engine = TransformersEngine(policy_dir, options)
+    completions = engine.generate(PROMPTS, SamplingOptions(12), list(range(len(PROMPTS))))
+    engine.close()
+    return RolloutBatch.from_completions(PROMPTS, completions, 0)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe.model_validate({"name": "x", "model": {"name_or_path": "m"}})
+
+
+def test_engine_with_the_current_weights_passes(policy_dir: Path, reward_dir: Path, recipe: Recipe) -> None:
+    experience = make_experience(make_roles(policy_dir, reward_dir), _rollout(policy_dir), PPO, kl_coef=0.1)
+    gap, probability_gap = check_engine(experience, recipe, 1, "transformers")
+    assert gap < 1e-4
+    assert probability_gap < 1e-4
+
+
+def test_stale_engine_weights_stop_the_run(policy_dir: Path, reward_dir: Path, recipe: Recipe) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    with torch.no_grad():
+        roles.policy.model.layers[0].mlp.up_proj.weight += 0.05
+    experience = make_experience(roles, _rollout(policy_dir), PPO, kl_coef=0.1)
+    with pytest.raises(UserError, match=r"update 7: transformers's log-probabilities differ.*current weights"):
+        check_engine(experience, recipe, 7, "transformers")
+
+
+def test_nan_gap_stops_the_run_too(policy_dir: Path, reward_dir: Path, recipe: Recipe) -> None:
+    experience = make_experience(make_roles(policy_dir, reward_dir), _rollout(policy_dir), PPO, kl_coef=0.1)
+    broken = replace(experience, old_logprobs=experience.old_logprobs * float("nan"))
+    with pytest.raises(UserError):
+        check_engine(broken, recipe, 1, "transformers")

@@ -1,0 +1,79 @@
+"""The optimisation phase: true step counts, first ratio 1, invariance to micro-batches and padding, direction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.recipe import PpoSection
+from policy.ppo.experience import Experience, Roles, make_experience
+from policy.ppo.update import Learner, ppo_update
+from tests.policy.conftest import make_batch, make_roles
+
+PPO = PpoSection(
+    rollout_batch_size=6, num_ppo_epochs=2, num_minibatches=3, learning_rate=1e-3, critic_learning_rate=1e-3, updates=4
+)
+
+
+def _trained(roles: Roles, experience: Experience, ppo: PpoSection) -> tuple[dict[str, float], Learner]:
+    learner = Learner.create(roles, ppo, seed=0)
+    return ppo_update(roles, learner, experience, ppo), learner
+
+
+def test_every_minibatch_is_one_optimiser_step(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir, max_tokens=8)
+    _, learner = _trained(roles, make_experience(roles, make_batch(), PPO, 0.1), PPO)
+    for optimizer in (learner.policy_optimizer, learner.critic_optimizer):
+        assert {int(state["step"]) for state in optimizer.state.values()} == {2 * 3}
+
+
+def test_first_ratio_is_one_with_dropout_in_the_configuration(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    ppo = PPO.model_copy(update={"num_minibatches": 1})
+    metrics, _ = _trained(roles, make_experience(roles, make_batch(), ppo, 0.1), ppo)
+    assert metrics["val/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["val/ratio"] != pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("max_tokens", "padding"), [(1, (0, 0)), (16, (3, 2))])
+def test_result_does_not_depend_on_micro_batches_or_padding(
+    policy_dir: Path, reward_dir: Path, max_tokens: int, padding: tuple[int, int]
+) -> None:
+    whole = make_roles(policy_dir, reward_dir)
+    expected, _ = _trained(whole, make_experience(whole, make_batch(), PPO, 0.1), PPO)
+    split = make_roles(policy_dir, reward_dir, max_tokens=max_tokens)
+    got, _ = _trained(split, make_experience(split, make_batch(*padding), PPO, 0.1), PPO)
+    for key, value in expected.items():
+        assert got[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    for (name, a), b in zip(whole.policy.named_parameters(), split.policy.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5), name
+    for a, b in zip(whole.critic.parameters(), split.critic.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+def test_log_probs_move_with_the_advantages_and_values_towards_returns(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    experience = make_experience(roles, make_batch(), PPO, 0.0)
+    mask = experience.batch.response_mask
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]).unsqueeze(1)
+    chosen = replace(experience, advantages=sign * mask)
+    _trained(roles, chosen, PPO)
+    after = make_experience(roles, make_batch(), PPO, 0.0)
+    moved = ((after.old_logprobs - experience.old_logprobs) * mask).sum(1) * sign.squeeze(1)
+    assert (moved > 0).all()
+    error = ((experience.values - experience.returns)[mask] ** 2).mean()
+    assert ((after.values - experience.returns)[mask] ** 2).mean() < error
+
+
+def test_learning_rate_decays_linearly_to_zero(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    learner = Learner.create(roles, PPO, seed=0)
+    rates = []
+    for _ in range(4):
+        rates.append(learner.policy_schedule.get_last_lr()[0])
+        learner.policy_optimizer.step()
+        learner.policy_schedule.step()
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
