@@ -27,7 +27,8 @@ from pipeline.trl_args import build_trainer_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
+
+    from policy.sft_trainer import TokenMeanTrainer
 
 IGNORED = -100
 """Label of a token that carries no loss."""
@@ -55,20 +56,19 @@ def run(stage: Stage) -> dict[str, Any]:
     if checkpoint is not None:
         stage.say(f"resuming from {checkpoint.name}")
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    loss, tokens = validation_loss(trainer, model)
+    loss = validation_loss(trainer)
     torch.nn.Module.to(model, dtype=DTYPES[recipe.model.dtype])
     save_model(model, tokenizer, stage.out)
     metrics = {
         "validation_loss": loss,
         "validation_perplexity": math.exp(loss),
-        "validation_tokens": tokens,
         "train_loss": result.training_loss,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
     }
-    stage.tracker.log(trainer.state.global_step, {"validation_loss": loss})
     stage.say(f"validation loss {loss:.4f} nats/token (perplexity {math.exp(loss):.1f})")
-    _show_generations(stage, shown_prompts(split.eval, recipe.eval.shown_samples), encoder)
+    prompts = shown_prompts(split.eval, recipe.eval.shown_samples)
+    _show_generations(stage, trainer.state.global_step, prompts, encoder)
     return metrics
 
 
@@ -142,18 +142,19 @@ def make_trainer(
     arguments: SFTConfig,
     examples: tuple[Sequence[EncodedExample], Sequence[EncodedExample]],
     callbacks: Sequence[TrainerCallback] = (),
-) -> SFTTrainer:
-    """Build the SFTTrainer over (train, held-out) examples.
+) -> TokenMeanTrainer:
+    """Build the trainer over (train, held-out) examples.
 
     Loss of a step: -sum over supervised tokens of log p / their number, over all sequences of the
-    step and its gradient accumulation (methods: token mean).
+    step and its gradient accumulation.
     """
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl.trainer.sft_trainer import SFTTrainer
+
+    from policy.sft_trainer import TokenMeanTrainer
 
     train, held_out = (Dataset.from_dict(sft_rows(part)) for part in examples)
-    trainer = SFTTrainer(
+    trainer = TokenMeanTrainer(
         model,
         args=arguments,
         train_dataset=train,
@@ -165,23 +166,16 @@ def make_trainer(
     return trainer
 
 
-def validation_loss(trainer: SFTTrainer, model: PreTrainedModel) -> tuple[float, int]:
-    """Return -sum log p / n over all n supervised tokens of the held-out examples, in nats, and n.
+def validation_loss(trainer: TokenMeanTrainer) -> float:
+    """Return -sum log p / n over all n supervised held-out tokens of the trained model, in nats.
 
-    The Trainer's own `eval_loss` is a mean of batch means, which depends on how examples fall into
-    batches.
+    The last evaluation is used when it was of these weights.
     """
-    import torch
-
-    model.eval()
-    total, count = 0.0, 0
-    for inputs in trainer.get_eval_dataloader():
-        inputs = trainer._prepare_inputs(inputs)
-        count += int((inputs["labels"][:, 1:] != IGNORED).sum())
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, inputs, num_items_in_batch=torch.tensor(1))
-        total += float(loss)
-    return total / count, count
+    state = trainer.state
+    last = [row for row in state.log_history if "eval_loss" in row][-1:]
+    if last and last[0]["step"] == state.global_step and not trainer.args.load_best_model_at_end:
+        return last[0]["eval_loss"]
+    return trainer.evaluate()["eval_loss"]
 
 
 def shown_prompts(held_out: Sequence[SftExample], count: int) -> list[Prompt]:
@@ -227,7 +221,7 @@ def _check_packed_length(settings: Mapping[str, Any], longest_row: int) -> None:
         )
 
 
-def _show_generations(stage: Stage, prompts: Sequence[Prompt], encoder: Encoder) -> None:
+def _show_generations(stage: Stage, step: int, prompts: Sequence[Prompt], encoder: Encoder) -> None:
     """Sample one response per prompt with the transformers engine, which starts at once."""
     from rollout.engine import EngineOptions, SamplingOptions, make_engine
 
@@ -255,7 +249,7 @@ def _show_generations(stage: Stage, prompts: Sequence[Prompt], encoder: Encoder)
         }
         for item, completion in zip(encoded, completions, strict=True)
     ]
-    stage.tracker.samples(0, rows)
+    stage.tracker.samples(step, rows)
     for row in rows:
         stage.say(f"  {row['prompt']} >{row['response']}")
 

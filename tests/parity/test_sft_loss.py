@@ -65,17 +65,17 @@ def reference(policy: Path) -> tuple[float, int]:
 
 def test_validation_loss_is_the_token_mean(policy: Path, tmp_path: Path, reference: tuple[float, int]) -> None:
     trainer = _trainer(policy, tmp_path)
-    loss, tokens = validation_loss(trainer, trainer.model)
     total, count = reference
-    assert (tokens, count) == (3 + 2 + 8 + 3, 16)
-    assert loss == pytest.approx(total / count, rel=1e-6)
+    assert count == 3 + 2 + 8 + 3
+    assert validation_loss(trainer) == pytest.approx(total / count, rel=1e-6)
+    assert validation_loss(trainer) == pytest.approx(total / count, rel=1e-6)
 
 
 def test_validation_loss_does_not_depend_on_batching(policy: Path, tmp_path: Path) -> None:
     losses = []
     for size in (1, 3, 4):
         trainer = _trainer(policy, tmp_path, per_device_eval_batch_size=size)
-        losses.append(validation_loss(trainer, trainer.model)[0])
+        losses.append(validation_loss(trainer))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
@@ -99,3 +99,20 @@ def test_packing_changes_rows_but_not_the_loss(policy: Path, tmp_path: Path, ref
         loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(1))
     assert float(loss) == pytest.approx(reference[0], rel=1e-6)
     assert int((inputs["labels"] != -100).sum()) == 16
+
+
+def test_evaluations_during_training_are_the_token_mean_of_their_weights(policy: Path, tmp_path: Path) -> None:
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 0.01,
+        "train_sampling_strategy": "group_by_length",
+    }
+    trainer = _trainer(policy, tmp_path, max_steps=2, **settings)
+    trainer.train()
+    logged = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(logged) == 2
+    assert logged[1] < logged[0]
+    assert validation_loss(trainer) == logged[1]
+    trainer.state.log_history.clear()
+    assert validation_loss(trainer) == pytest.approx(logged[1], rel=1e-6)
