@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from trl.trainer.sft_trainer import SFTTrainer
@@ -24,7 +24,7 @@ class TokenMeanTrainer(SFTTrainer):
     ) -> Any:
         """The library's loss; counts what an evaluation adds up."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self.model.training:
+        if not model.training:
             loss = result[0] if return_outputs else result
             tokens = int((inputs["labels"][:, 1:] >= 0).sum())
             self._eval_sum += float(loss) * tokens
@@ -35,7 +35,7 @@ class TokenMeanTrainer(SFTTrainer):
         """The library's log with `eval_loss` replaced by the token mean."""
         if "eval_loss" in logs:
             totals = torch.tensor([self._eval_sum, self._eval_tokens], dtype=torch.float64, device=self.args.device)
-            total, tokens = self.accelerator.reduce(totals).tolist()
+            total, tokens = cast(torch.Tensor, self.accelerator.reduce(totals)).tolist()
             logs["eval_loss"] = total / tokens
             self._eval_sum, self._eval_tokens = 0.0, 0
         super().log(logs, start_time)

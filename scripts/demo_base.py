@@ -171,9 +171,7 @@ def collate(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (torch.arange(width) < lengths[:, None]).long()
 
 
-def next_token_loss(
-    model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, int]:
+def next_token_loss(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy in nats of every token after bos, eos included, and their number."""
     import torch
 
@@ -185,9 +183,7 @@ def next_token_loss(
     return total, int(mask[:, 1:].sum())
 
 
-def curriculum(
-    general: Sequence[list[int]], simple: Sequence[list[int]], epochs: float
-) -> list[list[list[int]]]:
+def curriculum(general: Sequence[list[int]], simple: Sequence[list[int]], epochs: float) -> list[list[list[int]]]:
     """All batches in order: general rows, `GENERAL_PER_EPOCH` tokens an epoch, then simple ones."""
     budget = round(GENERAL_PER_EPOCH * epochs)
     chosen = []
@@ -297,9 +293,7 @@ def half_state(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
     return {n: t.half() for n, t in model.state_dict().items() if n != "lm_head.weight"}
 
 
-def save(
-    out_dir: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str
-) -> None:
+def save(out_dir: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str) -> None:
     """Write the files beside `out_dir` and move them there; an older model's are replaced."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig
@@ -310,9 +304,7 @@ def save(
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(partial)
     model.config.save_pretrained(partial)
-    GenerationConfig(pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID).save_pretrained(
-        partial
-    )
+    GenerationConfig(pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID).save_pretrained(partial)
     save_file(half_state(model), partial / "model.safetensors", metadata={"format": "pt"})
     (partial / "README.md").write_text(card, encoding="utf-8")
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -216,9 +216,7 @@ def simple_sentences(reviews: Sequence[Review]) -> dict[str, list[str]]:
     return by_part
 
 
-def demonstrations(
-    reviews: Iterable[Review], by_part: dict[str, list[str]]
-) -> list[dict[str, str]]:
+def demonstrations(reviews: Iterable[Review], by_part: dict[str, list[str]]) -> list[dict[str, str]]:
     """SFT rows, shuffled: train from `sft`, eval from `eval` documents.
 
     A held-out prompt begins no sentence of the `lm` and `sft` documents, simple or not.
@@ -384,9 +382,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{name}.jsonl {facts[f'{name}_train']:,} + {facts[f'{name}_eval']:,}"
         for name in ("sft", "preferences", "prompts")
     )
-    sys.stdout.write(
-        f"{arguments.out_dir}: {rows} rows (train + eval), naive_bayes.json, README.md\n"
-    )
+    sys.stdout.write(f"{arguments.out_dir}: {rows} rows (train + eval), naive_bayes.json, README.md\n")
     return 0
 
 

@@ -93,9 +93,7 @@ def train_naive_bayes(documents: Iterable[tuple[str, bool]]) -> dict[str, Any]:
     for name in sorted(seen[True].keys() | seen[False].keys()):
         n_pos, n_neg = seen[True][name], seen[False][name]
         if n_pos + n_neg >= MIN_DOCUMENTS:
-            odds = math.log((n_pos + 1) / (size[True] + 2)) - math.log(
-                (n_neg + 1) / (size[False] + 2)
-            )
+            odds = math.log((n_pos + 1) / (size[True] + 2)) - math.log((n_neg + 1) / (size[False] + 2))
             log_odds[name] = round(odds, 4)
     return {
         "documents": {"positive": size[True], "negative": size[False]},
@@ -148,9 +146,7 @@ def _load_naive_bayes(path: str) -> tuple[float, dict[str, float]]:
     except OSError as error:
         raise UserError(f"naive Bayes counts {path}: {error.strerror}.", mend=mend) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} does not hold naive Bayes counts ({error!r}).", mend=mend
-        ) from error
+        raise UserError(f"{path} does not hold naive Bayes counts ({error!r}).", mend=mend) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,11 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         snippets = [s for s in load_snippets() if s.source == "movie"]
         texts, ratings = [s.text for s in snippets], [s.rating for s in snippets]
         out(f"{len(texts)} movie snippets; pair accuracy where human means differ by at least\n")
-        out(
-            "judge        "
-            + "".join(f"{gap:>8}" for gap in GAPS)
-            + "   score of exactly 0 or 1/2\n"
-        )
+        out("judge        " + "".join(f"{gap:>8}" for gap in GAPS) + "   score of exactly 0 or 1/2\n")
         for name, judge in judges.items():
             scores = judge([""] * len(texts), texts)
             cells = "".join(f"{pair_accuracy(scores, ratings, gap)[0]:8.3f}" for gap in GAPS)

@@ -84,8 +84,8 @@ class Shell:
             if quiet:
                 print(hide_passwords(done.stdout), file=sys.stderr)
             raise SetupError(
-                f"{what} failed with exit code {done.returncode}; the reason stands above. Mend the cause (network, "
-                "proxy, disk space) and run the same command again: what was downloaded is kept."
+                f"{what} failed with exit code {done.returncode}; the reason stands above. Mend it (network, proxy, "
+                "disk space) and run the same command again: what was downloaded is kept."
             )
 
     def output(self, command: list[str]) -> str:
@@ -129,7 +129,7 @@ def check_python(version: tuple[int, int]) -> None:
     if low <= version < high:
         return
     names = [f"python{low[0]}.{minor}" for minor in range(low[1], high[1])]
-    found = [name for name in names if shutil.which(name)]
+    found = [name for name in names if runs(name)]
     mend = (
         f"run `make PYTHON={found[-1]} setup`"
         if found
@@ -138,6 +138,13 @@ def check_python(version: tuple[int, int]) -> None:
     )
     wanted = f"{low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
     raise SetupError(f"Python {version[0]}.{version[1]} is outside the supported {wanted}: {mend}.")
+
+
+def runs(program: str) -> bool:
+    try:
+        return subprocess.run([program, "-c", ""], capture_output=True, timeout=30, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def nvidia_gpus(environment: Mapping[str, str]) -> list[str]:
@@ -367,11 +374,7 @@ def setup(root: Path, environment: dict[str, str], *, dry: bool, upgrade: bool) 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make .venv and install the project in it.")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
-    parser.add_argument(
-        "--upgrade",
-        action="store_true",
-        help="take the newest versions that fit and rewrite constraints.txt",
-    )
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions that fit, then --lock")
     parser.add_argument("--lock", action="store_true", help="rewrite constraints.txt from what .venv holds")
     options = parser.parse_args(arguments)
     root = Path(__file__).resolve().parent.parent

@@ -67,9 +67,7 @@ def convert(gguf_dir: Path, gguf_name: str, out_dir: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf_dir, gguf_file=gguf_name, dtype=torch.float32
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(gguf_dir, gguf_file=gguf_name, dtype=torch.float32)
     config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -106,9 +106,9 @@ def test_an_interpreter_out_of_range_is_refused_with_the_mend(monkeypatch: pytes
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(setup_env.SetupError, match=r"Python 3\.10 .*apt install python3\.11"):
         setup_env.check_python((3, 10))
-    newer = tmp_path / "python3.12"
-    newer.write_text("")
-    newer.chmod(0o755)
+    for name, code in (("python3.12", 0), ("python3.13", 127)):  # a version manager's shim for what is not there
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
     with pytest.raises(setup_env.SetupError, match=r"make PYTHON=python3\.12 setup"):
         setup_env.check_python((3, 14))
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.pipeline.conftest import CORPUS
-from tests.tiny_stage import save_tiny_policy, write_rows
+from tests.pipeline.conftest import CORPUS, save_tiny_tokenizer
+from tests.tiny_stage import VOCABULARY, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """\
@@ -126,7 +126,7 @@ def command_environment() -> dict[str, str]:
 def make_workplace(path: Path) -> Workplace:
     """Writes model, data, judge and recipe into `path`."""
     path.mkdir(parents=True, exist_ok=True)
-    save_tiny_policy(path / "model")
+    _save_model(path / "model")
     write_rows(path / "sft.jsonl", [{"prompt": f"{n} {_word(n)}", "response": _answer(n)} for n in range(48)])
     write_rows(path / "rankings.jsonl", [_ranking(n) for n in range(48)])
     write_rows(path / "prompts.jsonl", [{"prompt": f"{n} {_word(n)}"} for n in range(40)])
@@ -139,6 +139,28 @@ def change_rows(file: Path, changes: Mapping[int, Mapping[str, Any]]) -> None:
     """Updates rows of a JSONL file by their index."""
     rows: Sequence[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()]
     write_rows(file, [{**row, **changes.get(index, {})} for index, row in enumerate(rows)])
+
+
+def _save_model(directory: Path) -> None:
+    """A random two-layer Llama, seeded. Heads of 32 are the smallest that vLLM's CPU attention takes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    save_tiny_tokenizer(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
 
 
 def _word(n: int) -> str:

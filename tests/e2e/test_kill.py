@@ -51,9 +51,8 @@ def ended(processes: list[psutil.Process]) -> bool:
 def interrupt(place: Workplace, words: tuple[str, ...], when: Callable[[], object], number: signal.Signals) -> str:
     """Starts `tristage`, sends it a signal once `when` holds, and returns stderr; nothing may be left running."""
     process = place.start(*words)
-    wait_until(when, process)
+    wait_until(lambda: when() and family(process), process)
     processes = family(process)
-    assert processes
     process.send_signal(number)
     _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), err[-3000:]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from policy.models import cast
 from tests.pipeline.conftest import save_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ def _save_model(directory: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         dtype="bfloat16",
     )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    cast(Qwen2ForCausalLM(config), "bfloat16").save_pretrained(directory)
     return directory
 
 

@@ -148,9 +148,7 @@ def test_no_prompt_is_in_two_splits(built: Path) -> None:
     assert len(prompts["eval"]) >= 1000
 
 
-def test_held_out_prompts_begin_no_sentence_that_is_trained_on(
-    built: Path, reviews: list[Review]
-) -> None:
+def test_held_out_prompts_begin_no_sentence_that_is_trained_on(built: Path, reviews: list[Review]) -> None:
     held_out = prompts_by_split(rows(built / "prompts.jsonl"))["eval"]
     begun = {
         " ".join(sentence.split()[:4])
@@ -161,13 +159,10 @@ def test_held_out_prompts_begin_no_sentence_that_is_trained_on(
     assert not held_out & begun
 
 
-def test_demonstrations_stand_in_documents_of_their_part(
-    built: Path, reviews: list[Review]
-) -> None:
+def test_demonstrations_stand_in_documents_of_their_part(built: Path, reviews: list[Review]) -> None:
     part_of = {"train": "sft", "eval": "eval"}
     sentences_of = {
-        part: {s for r in reviews if r.part == part for s in demo_data.sentences(r.text)}
-        for part in part_of.values()
+        part: {s for r in reviews if r.part == part for s in demo_data.sentences(r.text)} for part in part_of.values()
     }
     for row in rows(built / "sft.jsonl"):
         sentence = row["prompt"] + row["response"]
@@ -262,9 +257,7 @@ def test_judges_tell_good_from_bad(built: Path) -> None:
     assert good > 0.5
     assert bad < -0.5
     assert flat == 0.0
-    good, bad, flat = demo_judges.naive_bayes(
-        prompts, responses, counts=str(built / "naive_bayes.json")
-    )
+    good, bad, flat = demo_judges.naive_bayes(prompts, responses, counts=str(built / "naive_bayes.json"))
     assert good > 0.9
     assert bad < 0.1
     assert bad < flat < good
@@ -338,11 +331,7 @@ def test_tokenizer_cuts_where_the_data_is_cut(built: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     assert tokenizer("This Movie")["input_ids"] == tokenizer("this movie")["input_ids"]
     pieces = [(row["prompt"], row["response"]) for row in rows(built / "sft.jsonl")]
-    pieces += [
-        (row["prompt"], response)
-        for row in rows(built / "preferences.jsonl")
-        for response in row["responses"]
-    ]
+    pieces += [(row["prompt"], response) for row in rows(built / "preferences.jsonl") for response in row["responses"]]
     prompts = tokenizer([p for p, _ in pieces])["input_ids"]
     responses = tokenizer([r for _, r in pieces], add_special_tokens=False)["input_ids"]
     joined = tokenizer([p + r for p, r in pieces])["input_ids"]
@@ -364,9 +353,7 @@ def test_base_model_batches_hold_every_row_once() -> None:
     schedule = curriculum(general, made_rows, epochs=1.5)
     first = len(batches(general, seed=1))
     assert sorted(row for batch in schedule[:first] for row in batch) == general
-    assert sorted(row for batch in schedule[first : first + len(made)] for row in batch) == sorted(
-        made_rows
-    )
+    assert sorted(row for batch in schedule[first : first + len(made)] for row in batch) == sorted(made_rows)
     assert len(schedule) == first + len(made) + round(len(made) / 2)
 
 
