@@ -148,10 +148,11 @@ class Stage:
         return spent | {key: round(max(value, self._earlier.get(key, 0.0)), 3) for key, value in peaks.items()}
 
     def close_log(self) -> None:
-        """Closes log.txt."""
+        """Closes log.txt for good: a closed file handler would open it again, after its hash was taken."""
         for handler in self._log.handlers:
             with suppress(OSError):
                 handler.close()
+        self._log.handlers[:] = [logging.NullHandler()]
 
     def log_traceback(self) -> None:
         """Writes the current exception into log.txt."""

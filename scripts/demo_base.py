@@ -47,7 +47,7 @@ STEP_TOKENS = 1024
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 EPOCHS = 2.5
-GENERAL_PER_EPOCH = 520_000
+GENERAL_PER_EPOCH = 2_200_000
 """Tokens of unfiltered sentences read first, per epoch over the simple ones."""
 GENERAL_WORDS = (3, 32)
 BUCKET_BATCHES = 50

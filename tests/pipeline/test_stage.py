@@ -96,6 +96,16 @@ def test_complete_writes_all_that_the_manifest_must_name(prepared: Path) -> None
     assert open_artifact(final, kinds=["sft"], wanted_as="x").kind == "sft"
 
 
+def test_a_signal_after_the_last_hash_leaves_the_log_as_it_was(prepared: Path) -> None:
+    stage = Stage(prepared)
+    stage.say("one line")
+    stage.close_log()
+    before = (prepared / "log.txt").read_bytes()
+    assert b"one line" in before
+    stage.log_traceback()
+    assert (prepared / "log.txt").read_bytes() == before
+
+
 def test_time_and_memory_of_earlier_runs_count_once(prepared: Path) -> None:
     job = read_job(prepared)
     spent = {"wall_seconds": 1000.0, "cpu_seconds": 500.0, "peak_memory_gib": 77.0}
