@@ -224,7 +224,7 @@ def check_model_dir(model_dir: str | Path, max_model_len: int) -> Path:
             f"{directory / 'config.json'} allows {positions} positions "
             f"(max_position_embeddings), but prompt and response together may take "
             f"{max_model_len} tokens.",
-            mend="Shorten the prompts or rollout.max_new_tokens, or use a model with a longer context.",
+            mend="Shorten the prompts or data.max_response_tokens, or use a model with a longer context.",
         )
     return directory
 
