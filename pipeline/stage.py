@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
@@ -55,9 +55,13 @@ class Stage:
         state: `out/state`, checkpoints of the unfinished stage; removed at success.
         inputs: verified artifacts by role.
         displays: progress displays that are still open; closed however the stage ends.
+
+    Args:
+        signals: the signals received so far. Their KeyboardInterrupt is lost when it is raised where Python ignores
+            exceptions (a finaliser, a callback from C); the next line or row that the stage writes raises it again.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, signals: Sequence[int] = ()) -> None:
         job = read_job(out)
         self.name: str = job["stage"]
         self.out = out
@@ -71,14 +75,16 @@ class Stage:
         self._manifest: dict[str, Any] = {}
         self._started = (time.time(), time.perf_counter())
         self._noted = time.monotonic()
+        self._signals = signals
         self.inputs: Mapping[str, Artifact] = {
             role: open_artifact(entry["path"], kinds=entry["kinds"], wanted_as=entry["wanted_as"])
             for role, entry in job["inputs"].items()
         }
-        self.tracker = Tracker(out, self.recipe, self.name, on_write=self._note_time_now_and_then)
+        self.tracker = Tracker(out, self.recipe, self.name, on_write=self._on_write)
 
     def say(self, text: str) -> None:
         """One line to the terminal and to log.txt."""
+        self._stop_if_told_to()
         self.console.print(text, markup=False, soft_wrap=True)
         self._log.info(text)
 
@@ -132,9 +138,14 @@ class Stage:
         if (self.out / JOB).exists():
             write_json(self.out / JOB, {**self._job, "spent": self._spent()})
 
-    def _note_time_now_and_then(self) -> None:
+    def _on_write(self) -> None:
+        self._stop_if_told_to()
         if time.monotonic() - self._noted >= NOTE_TIME_EVERY_SECONDS:
             self.note_time_spent()
+
+    def _stop_if_told_to(self) -> None:
+        if self._signals:
+            raise KeyboardInterrupt
 
     def _spent(self) -> dict[str, float]:
         """Wall and CPU seconds (ended children included) and peak memory, with those of earlier, unfinished runs."""
@@ -176,12 +187,13 @@ def stage_main(name: str, run: Callable[[Stage], dict[str, Any]]) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     stage: Stage | None = None
     try:
         _check_directory(out, name)
         _quiet_libraries()
-        stage = Stage(out)
+        stage = Stage(out, received)
         final = stage.complete(run(stage))
         stage.console.print(f"{name}: complete, written to {final}", markup=False, soft_wrap=True)
     except UserError as error:
@@ -231,7 +243,10 @@ def interrupted_message(name: str) -> str:
 
 
 def trainer_callback(stage: Stage, title: str) -> TrainerCallback:
-    """A transformers callback that sends the Trainer's logs to the stage's tracker and progress display."""
+    """A transformers callback that sends the Trainer's logs to the stage's tracker and progress display.
+
+    The Trainer's `eval_x` is written as `eval/x`, like the evaluations of every other stage.
+    """
     from transformers import TrainerCallback
 
     class TrackerCallback(TrainerCallback):
@@ -244,7 +259,8 @@ def trainer_callback(stage: Stage, title: str) -> TrainerCallback:
             self.display.update(state.global_step, self.numbers)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+            logged = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+            numbers = {f"eval/{k[5:]}" if k.startswith("eval_") else k: v for k, v in logged.items()}
             if numbers and "train_runtime" not in numbers:
                 stage.tracker.log(state.global_step, numbers)
                 self.numbers.update(numbers)

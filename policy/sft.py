@@ -49,8 +49,8 @@ def run(stage: Stage) -> dict[str, Any]:
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     split = load_sft(recipe.data)
     train, held_out = _encode(stage, split, encoder)
-    model = load_policy(source, "float32")
     arguments = sft_arguments(recipe, stage.state, max(map(len, _ids(train))))
+    model = load_policy(source, "float32")
     trainer = make_trainer(model, tokenizer, arguments, (train, held_out), [trainer_callback(stage, "sft")])
     checkpoint = newest_complete_checkpoint(stage.state)
     if checkpoint is not None:

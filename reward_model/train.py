@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from pipeline.artifacts import Artifact
 from pipeline.checkpoints import newest_complete_checkpoint
 from pipeline.data import load_rankings
 from pipeline.errors import UserError
+from pipeline.recipe import Recipe
 from pipeline.stage import Stage, stage_main, trainer_callback
 from pipeline.tokens import EncodedRanking, Encoder, encode_rankings, load_tokenizer, tokenizer_sha256
 from pipeline.trl_args import build_trainer_arguments
@@ -25,6 +27,7 @@ from reward_model.score import backbone_and_head, disable_dropout, load_reward_m
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl.trainer.reward_config import RewardConfig
 
     from reward_model.trainer import RankingTrainer
 
@@ -127,6 +130,7 @@ def train(stage: Stage, tokenizer: PreTrainedTokenizerBase, data: RankingData) -
 
     Returns the training metrics and whether this is the main process.
     """
+    arguments = rm_arguments(stage.recipe, stage.state)
     model = initial_reward_model(stage, tokenizer)
     limits = ModelLimits(
         vocabulary=model.config.get_text_config().vocab_size,
@@ -134,7 +138,7 @@ def train(stage: Stage, tokenizer: PreTrainedTokenizerBase, data: RankingData) -
         pad_token_id=model.config.get_text_config().pad_token_id,
     )
     check_rankings([*data.train, *data.held_out], limits)
-    trainer = make_trainer(stage, model, tokenizer, data)
+    trainer = make_trainer(stage, model, tokenizer, arguments, data)
     checkpoint = newest_complete_checkpoint(stage.state)
     if checkpoint is not None:
         stage.say(f"rm: resuming from {checkpoint.name}")
@@ -193,25 +197,22 @@ def fresh_head(model: PreTrainedModel, seed: int) -> None:
             head.bias.zero_()
 
 
-def make_trainer(
-    stage: Stage, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RankingData
-) -> RankingTrainer:
-    """The trainer over the encoded rankings, with the recipe's `rm` settings."""
-    from transformers import PrinterCallback
+def rm_arguments(recipe: Recipe, state: Path) -> RewardConfig:
+    """Build the RewardConfig: the user's `rm.trainer` over our defaults, under what the stage fixes.
+
+    Raises UserError for a setting that does not exist, has a wrong value, or is fixed.
+    """
     from trl.trainer.reward_config import RewardConfig
 
-    from reward_model.trainer import Objective, RankingTrainer
-
-    section = stage.recipe.rm
     cuda = torch.cuda.is_available()
-    arguments = build_trainer_arguments(
+    return build_trainer_arguments(
         RewardConfig,
-        section.trainer,
+        recipe.rm.trainer,
         section="rm",
         fixed={
             **UNUSED,
-            "output_dir": str(stage.state),
-            "seed": stage.recipe.seed,
+            "output_dir": str(state),
+            "seed": recipe.seed,
             "report_to": [],
             "remove_unused_columns": False,
             "disable_dropout": True,
@@ -219,10 +220,25 @@ def make_trainer(
         },
         **DEFAULTS,
         use_cpu=not cuda,
-        bf16=stage.recipe.model.dtype == "bfloat16",
+        bf16=recipe.model.dtype == "bfloat16",
         gradient_checkpointing=cuda,
         dataloader_pin_memory=cuda,
     )
+
+
+def make_trainer(
+    stage: Stage,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: RewardConfig,
+    data: RankingData,
+) -> RankingTrainer:
+    """The trainer over the encoded rankings, with the loss of the recipe's `rm` section."""
+    from transformers import PrinterCallback
+
+    from reward_model.trainer import Objective, RankingTrainer
+
+    section = stage.recipe.rm
     collator = RankingCollator(model.config.get_text_config().pad_token_id, with_ratings=section.margin > 0)
     trainer = RankingTrainer(
         objective=Objective(section.loss, section.margin, section.centering),

@@ -34,7 +34,7 @@ class RankingTrainer(Trainer):
 
     The loss of an optimiser step is the mean over its prompts, whatever its micro-batches and processes: each
     micro-batch adds its sum of prompt losses divided by the number of prompts of the whole step.
-    Logs trl.RewardTrainer's `accuracy`, `margin` and `mean_reward` beside the loss; evaluation logs them as `eval/...`.
+    Logs trl.RewardTrainer's `accuracy`, `margin` and `mean_reward` beside the loss.
     Source: InstructGPT (arXiv 2203.02155), section 3.5 and eq. 1.
     """
 
@@ -131,12 +131,11 @@ class RankingTrainer(Trainer):
         return output._replace(metrics={**(output.metrics or {}), **exact})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the training means since the last call to `loss`; writes `eval_x` as `eval/x`."""
+        """Adds the training means since the last call to `loss`."""
         if "loss" in logs:
             means = self._take_means("train")
             logs |= {key: value for key, value in means.items() if key != "loss"}
-        renamed = {f"eval/{key[5:]}" if key.startswith("eval_") else key: v for key, v in logs.items()}
-        super().log(renamed, start_time)
+        super().log(logs, start_time)
 
     def _take_means(self, mode: Literal["train", "eval"]) -> dict[str, float]:
         summed: Any = self.accelerator.reduce(self._totals[mode], "sum")

@@ -47,9 +47,10 @@ STEP_TOKENS = 1024
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 EPOCHS = 2.5
-GENERAL_PER_EPOCH = 2_200_000
-"""Tokens of unfiltered sentences read first, per epoch over the simple ones."""
-GENERAL_WORDS = (3, 32)
+GENERAL_PER_EPOCH = 4_400_000
+"""Tokens of passages read first, per epoch over the simple sentences."""
+PASSAGE_WORDS = (64, 32)
+"""The reviews are read once for each entry, in passages of at most so many words."""
 BUCKET_BATCHES = 50
 """Rows are sorted by length within chunks of this many batches."""
 SAMPLE_PROMPTS = 256
@@ -124,16 +125,26 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def general_sentences(reviews: Iterable[Review], simple: Iterable[str]) -> list[str]:
-    """Unique sentences of the `lm` documents that are not simple ones, shuffled by hash."""
-    found = {
-        sentence
-        for review in reviews
-        if review.part == "lm"
-        for sentence in sentences(review.text)
-        if GENERAL_WORDS[0] <= len(sentence.split()) <= GENERAL_WORDS[1]
-    }
-    return sorted(found.difference(simple), key=order_key)
+def passages(reviews: Iterable[Review], words: int) -> list[str]:
+    """The `lm` documents as runs of whole sentences, each of at most `words` words, shuffled by hash.
+
+    Longer sentences are left out. A passage of several sentences is what shows the model that the mood of
+    a review lasts.
+    """
+    found: list[str] = []
+    for review in reviews:
+        if review.part != "lm":
+            continue
+        passage: list[str] = []
+        for sentence in sentences(review.text):
+            one = sentence.split()
+            if len(passage) + len(one) > words:
+                found.append(" ".join(passage))
+                passage = []
+            if len(one) <= words:
+                passage += one
+        found.append(" ".join(passage))
+    return sorted(filter(None, set(found)), key=order_key)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
@@ -183,16 +194,24 @@ def next_token_loss(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tens
     return total, int(mask[:, 1:].sum())
 
 
-def curriculum(general: Sequence[list[int]], simple: Sequence[list[int]], epochs: float) -> list[list[list[int]]]:
-    """All batches in order: general rows, `GENERAL_PER_EPOCH` tokens an epoch, then simple ones."""
+def curriculum(
+    general: Iterable[Sequence[list[int]]], simple: Sequence[list[int]], epochs: float
+) -> list[list[list[int]]]:
+    """All batches in order: one pass after another of general rows, then the simple ones.
+
+    The general rows stop after `GENERAL_PER_EPOCH` tokens for each epoch over the simple ones.
+    """
     budget = round(GENERAL_PER_EPOCH * epochs)
-    chosen = []
-    for row in general:
-        if budget <= 0:
-            break
-        chosen.append(row)
-        budget -= len(row)
-    made = batches(chosen, SEED)
+    made: list[list[list[int]]] = []
+    for number, rows in enumerate(general):
+        chosen: list[list[int]] = []
+        for row in rows:
+            if budget <= 0:
+                break
+            chosen.append(row)
+            budget -= len(row)
+        if chosen:
+            made += batches(chosen, SEED - number)
     for epoch in range(math.ceil(epochs)):
         one = batches(simple, SEED + 1 + epoch)
         made += one[: max(1, round(min(1.0, epochs - epoch) * len(one)))]
@@ -328,7 +347,7 @@ def run(out_dir: Path, epochs: float) -> dict[str, Any]:
     prompts = [r["prompt"] for r in unique_prompts(held_out)][:SAMPLE_PROMPTS]
     tokenizer = train_tokenizer([r.text for r in reviews if r.part == "lm"])
     model = build_model(tokenizer)
-    general = encode(tokenizer, general_sentences(reviews, by_part["lm"]))
+    general = [encode(tokenizer, passages(reviews, words)) for words in PASSAGE_WORDS]
     done = train(model, curriculum(general, encode(tokenizer, by_part["lm"]), epochs))
     eval_rows = encode(tokenizer, by_part["eval"])
     exact = perplexity(model, eval_rows)

@@ -39,6 +39,13 @@ def run(stage):
     if what == "wait":
         (stage.out / "waiting").touch()
         time.sleep(600)
+    if what == "finaliser":
+        class Waits:
+            def __del__(self):
+                (stage.out / "waiting").touch()
+                time.sleep(600)
+        Waits()
+        stage.say("not interrupted")
     return {"loss": float("nan")}
 
 stage_main("sft", run)
@@ -152,17 +159,20 @@ def test_a_disk_error_in_the_middle_is_one_paragraph(prepared: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("where", ["wait", "finaliser"])
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_a_stage_in_order(prepared: Path, number: signal.Signals, expected: int) -> None:
-    process = start(prepared, "wait")
+def test_signals_end_a_stage_in_order(prepared: Path, number: signal.Signals, expected: int, where: str) -> None:
+    """A finaliser is a place where Python ignores exceptions, KeyboardInterrupt too."""
+    process = start(prepared, where)
     while not (prepared / "waiting").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    code, _, err = end(process)
+    code, out, err = end(process)
     assert code == expected
-    assert "sft was interrupted. Run the same command again" in err
-    assert "Traceback" not in err
+    assert "not interrupted" not in out
+    assert err.splitlines()[-1].startswith("error: sft was interrupted. Run the same command again")
+    assert ("Traceback" in err) == (where == "finaliser")
     assert read_job(prepared)["spent"]["wall_seconds"] > 0
 
 

@@ -147,7 +147,7 @@ def test_the_stage_leaves_a_model_that_loads_and_has_learnt(any_policy: Path, tm
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [sample["prompt"] for sample in samples] == ["row 0 this", "row 4 quiet", "row 8 cast"]
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in logged if "eval_loss" in row} == {8, 16, 24, 32, 36}
+    assert {row["step"] for row in logged if "eval/loss" in row} == {8, 16, 24, 32, 36}
 
 
 def _held_out_loss(directory: Path, tmp_path: Path) -> float:

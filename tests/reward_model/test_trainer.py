@@ -153,7 +153,7 @@ def test_logged_means_are_exact_over_pairs_and_answers(tmp_path: Path) -> None:
     assert metrics["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / len(margins))
     assert metrics["eval_margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-4)
     assert metrics["eval_mean_reward"] == pytest.approx(sum(flat) / len(flat), rel=1e-4)
-    assert trainer.state.log_history[-1]["eval/accuracy"] == metrics["eval_accuracy"]
+    assert trainer.state.log_history[-1]["eval_accuracy"] == metrics["eval_accuracy"]
 
 
 def test_training_logs_cover_the_steps_since_the_last_log(tmp_path: Path) -> None:

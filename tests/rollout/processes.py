@@ -111,6 +111,13 @@ def life(directory: Path) -> None:
         engine.generate(prompts_of([8] * 64), SamplingOptions(400), range(64))
 
 
+def failure(directory: Path) -> None:
+    """A trainer that dies of an error of its own while its engine is open."""
+    engine = make_engine("vllm", directory, OPTIONS)
+    engine.generate(prompts_of([5]), SamplingOptions(4), [1])
+    raise ArithmeticError("the trainer's own error")
+
+
 def interrupt(engine: RolloutEngine) -> bool:
     """Ctrl-C in the middle of a rollout."""
     import _thread
@@ -152,4 +159,4 @@ def ranks(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"life": life, "ranks": ranks}[sys.argv[1]](Path(sys.argv[2]))
+    {"life": life, "failure": failure, "ranks": ranks}[sys.argv[1]](Path(sys.argv[2]))

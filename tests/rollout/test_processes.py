@@ -69,6 +69,25 @@ def test_trainer_process_survives_its_engines_and_leaves_nothing_behind(tied_dir
 
 
 @pytest.mark.vllm
+def test_trainer_that_dies_of_an_error_leaves_nothing_behind(tied_dir: Path) -> None:
+    with subprocess.Popen(
+        [*MODULE, "failure", str(tied_dir)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    ) as trainer:
+        try:
+            _, errors = trainer.communicate(timeout=120)
+        finally:
+            trainer.kill()
+    assert trainer.returncode == 1
+    assert errors.rstrip().endswith("ArithmeticError: the trainer's own error")
+    assert in_session(trainer.pid) == []
+
+
+@pytest.mark.vllm
 def test_two_ranks_have_an_engine_each_once_the_group_exists(tied_dir: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     child = subprocess.run(
