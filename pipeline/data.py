@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Generic, TypeVar
@@ -98,7 +97,9 @@ def load_prompts(data: DataSection) -> Split[Prompt]:
     """Unique prompts for rollouts and evaluation, in the order of their first row.
 
     They come from `data.prompts`; when that is unset from `data.preferences`, and without that from
-    `data.sft` (rows without a prompt left out). Raises UserError as `load_sft`.
+    `data.sft` (rows without a prompt left out). Held-out prompts that `data.sft` or
+    `data.preferences` trains on are left out and counted. Raises UserError as `load_sft`, and when
+    no held-out prompt remains.
     """
     if data.prompts is not None:
         split: Split[Prompt] = _load("prompts", data.prompts, data)
@@ -121,7 +122,13 @@ def load_prompts(data: DataSection) -> Split[Prompt]:
     total = len(train) + len(held_out)
     train, held_out = list(dict.fromkeys(train)), list(dict.fromkeys(held_out))
     repeated = total - len(train) - len(held_out)
-    counts = {**report["counts"], "repeated prompts left out": repeated}
+    unseen = _without_trained_on(held_out, data)
+    counts = {
+        **report["counts"],
+        "repeated prompts left out": repeated,
+        "held-out prompts left out because a stage trains on them": len(held_out) - len(unseen),
+    }
+    held_out = unseen
     sizes = {"train": len(train), "eval": len(held_out), "counts": counts}
     return Split(train, held_out, {**report, **sizes})
 
@@ -135,15 +142,21 @@ def source_fingerprint(source: str | DataSource) -> dict[str, Any]:
     return fingerprint(locate(source))
 
 
-def refuse_leaks(train: Iterable[Prompt], held_out: Iterable[Prompt]) -> None:
-    """Raise UserError, naming both rows, when a held-out prompt is also trained on."""
-    known = {prompt: prompt.source for prompt in train}
-    for prompt in held_out:
-        if prompt in known:
-            raise UserError(
-                f"{prompt.source}: this held-out prompt is a training prompt at {known[prompt]}.",
-                mend="Remove it from one side, or drop the `split` columns.",
-            )
+def _without_trained_on(held_out: list[Prompt], data: DataSection) -> list[Prompt]:
+    """The held-out prompts that no training row of `data.sft` and `data.preferences` has."""
+    sources = {"sft": data.sft, "preferences": data.preferences}
+    trained_on: dict[Prompt | None, str] = {}
+    for kind, source in sources.items():
+        if source is not None:
+            trained_on |= {record.prompt: record.source for record in _load(kind, source, data).train}
+    unseen = [prompt for prompt in held_out if prompt not in trained_on]
+    if not unseen:
+        raise UserError(
+            f"every held-out prompt is also trained on; the first is {held_out[0].source}, a training prompt at "
+            f"{trained_on[held_out[0]]}.",
+            mend="Set data.prompts to prompts of their own, or mend the `split` columns.",
+        )
+    return unseen
 
 
 def _scores_against_ranks(rankings: list[Ranking]) -> tuple[int, int]:

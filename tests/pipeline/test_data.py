@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data import load_prompts, load_rankings, load_sft, refuse_leaks
+from pipeline.data import load_prompts, load_rankings, load_sft
 from pipeline.errors import UserError
 from pipeline.recipe import DataSection
-from pipeline.records import Prompt
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -215,8 +214,24 @@ def test_text_rows_give_no_prompts(tmp_path: Path) -> None:
         load_prompts(DataSection(sft=path))
 
 
-def test_leaks_between_two_sources_are_refused() -> None:
-    train = [Prompt("a", "sft.jsonl:1"), Prompt("b", "sft.jsonl:2")]
-    refuse_leaks(train, [Prompt("c", "p.jsonl:1")])
-    with pytest.raises(UserError, match=r"p\.jsonl:4: .* training prompt at sft\.jsonl:2"):
-        refuse_leaks(train, [Prompt("c", "p.jsonl:1"), Prompt("b", "p.jsonl:4")])
+def test_held_out_prompts_that_a_stage_trains_on_are_left_out(tmp_path: Path) -> None:
+    held_out = [{"prompt": p, "split": "eval"} for p in ("a", "b", "c", "d")] + [{"prompt": "e", "split": "train"}]
+    demonstrations = [{"prompt": p, "response": "r", "split": s} for p, s in (("b", "train"), ("c", "eval"))]
+    ranked = [{"prompt": p, "chosen": "x", "rejected": "y", "split": s} for p, s in (("d", "train"), ("a", "eval"))]
+    section = DataSection(
+        prompts=write(tmp_path / "prompts.jsonl", held_out),
+        sft=write(tmp_path / "sft.jsonl", demonstrations),
+        preferences=write(tmp_path / "preferences.jsonl", ranked),
+    )
+    split = load_prompts(section)
+    assert [prompt.content for prompt in split.eval] == ["a", "c"]
+    assert split.report["eval"] == 2
+    assert "  held-out prompts left out because a stage trains on them: 2" in split.lines()
+
+
+def test_held_out_prompts_that_are_all_trained_on_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "split": "eval"}, {"prompt": "b", "split": "train"}]
+    demonstrations = [{"prompt": p, "response": "r", "split": s} for p, s in (("a", "train"), ("c", "eval"))]
+    sft = write(tmp_path / "sft.jsonl", demonstrations)
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1, a training prompt at .*sft\.jsonl:1.*prompts of their own"):
+        load_prompts(DataSection(prompts=write(tmp_path / "prompts.jsonl", rows), sft=sft))

@@ -348,13 +348,26 @@ def test_base_model_batches_hold_every_row_once() -> None:
     assert sorted(row for batch in made for row in batch) == sorted(made_rows)
     assert all(len(batch) * max(map(len, batch)) <= STEP_TOKENS for batch in made)
     assert made != batches(made_rows, seed=2)
-    # All general rows come first (they are fewer than the budget), then 1.5 times the simple ones.
+    # Both passes of general rows come first (they are fewer than the budget), then 1.5 times the simple ones.
     general = [[1000 + i] * 5 for i in range(40)]
-    schedule = curriculum(general, made_rows, epochs=1.5)
-    first = len(batches(general, seed=1))
-    assert sorted(row for batch in schedule[:first] for row in batch) == general
+    longer = [[2000 + i] * 9 for i in range(20)]
+    schedule = curriculum([longer, general], made_rows, epochs=1.5)
+    first = len(batches(longer, seed=1)) + len(batches(general, seed=1))
+    assert sorted(row for batch in schedule[:first] for row in batch) == general + longer
     assert sorted(row for batch in schedule[first : first + len(made)] for row in batch) == sorted(made_rows)
     assert len(schedule) == first + len(made) + round(len(made) / 2)
+
+
+def test_passages_are_whole_sentences_of_one_review() -> None:
+    from scripts.demo_base import passages
+
+    reviews = [
+        demo_data.Review("one two. three four five. six! " + "long " * 9 + "end. seven.", True, "lm"),
+        demo_data.Review("other part.", True, "judge"),
+        demo_data.Review("a b c d. e f.", False, "lm"),
+    ]
+    assert sorted(passages(reviews, 6)) == ["a b c d. e f.", "one two. three four five. six!", "seven."]
+    assert sorted(passages(reviews, 5)) == ["a b c d.", "e f.", "one two. three four five.", "seven.", "six!"]
 
 
 def test_smollm2_refuses_another_wheel(tmp_path: Path) -> None:
