@@ -188,7 +188,8 @@ def stage_main(name: str, run: Callable[[Stage], dict[str, Any]]) -> NoReturn:
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
+            signal.signal(number, interrupt)
     stage: Stage | None = None
     try:
         _check_directory(out, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import settings
 
@@ -16,6 +17,9 @@ for _name, _value in {
     "WANDB_SILENT": "true",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# A shell's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("tristage", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("tristage")
