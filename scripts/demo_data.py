@@ -52,7 +52,8 @@ PROMPT_WORDS = 4
 RESPONSE_WORDS = 2
 """A sentence is cut into prompt and response only when the response has this many words."""
 SNIPPET_WORDS = (3, 32)
-RANKING_SIZE = 4
+RANKING_SIZE = 8
+"""Answers of a full ranking; InstructGPT's labellers ranked 4 to 9."""
 HELD_OUT_SHARE = 0.15
 """Share of the ranking prompts that are held out."""
 LARGEST_HELD_OUT = 200
@@ -245,8 +246,8 @@ def unique_prompts(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
 def rankings(snippets: Iterable[Snippet]) -> list[dict[str, Any]]:
     """Rankings of rated snippets that begin alike, no snippet twice, shuffled.
 
-    Snippets that share two words are ranked in fours; what is left over is ranked by the first
-    word, in fours and at last in threes or twos. The shared words are the prompt, the rest of each
+    Snippets that share two words are ranked in eights; what is left over is ranked by the first
+    word, in eights and at last in what remains, two at least. The shared words are the prompt, the rest of each
     snippet a response. Prompts are held out by hash unless they are very common; held-out prompts
     rank movie snippets only.
     """
@@ -357,7 +358,7 @@ def _facts(
             facts[f"{name}_{split}"] = sum(r["split"] == split for r in rows)
     for split in ("train", "eval"):
         rows = [r for r in tables["preferences"] if r["split"] == split]
-        facts[f"{split}_fours"] = sum(len(r["scores"]) == RANKING_SIZE for r in rows)
+        facts[f"{split}_full"] = sum(len(r["scores"]) == RANKING_SIZE for r in rows)
         facts[f"{split}_answers"] = sum(len(r["scores"]) for r in rows)
         facts[f"{split}_prompts"] = len({r["prompt"] for r in rows})
         for gap in (0.5, 1, 2):

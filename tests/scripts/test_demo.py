@@ -99,7 +99,8 @@ def test_cut(sentence: str, pieces: tuple[str, str] | None) -> None:
     assert demo_data.cut(sentence) == pieces
 
 
-def test_rankings_order_by_rating_and_share_a_prompt() -> None:
+def test_rankings_order_by_rating_and_share_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_data, "RANKING_SIZE", 4)
     texts = [("one fine film", 2.5), ("one fine mess", -1.0), ("one fine day", 2.5)]
     texts += [
         ("one fine one", 0.0),
@@ -187,8 +188,8 @@ def test_rankings_are_disjoint_consistent_and_enough(built: Path) -> None:
         pairs = list(zip(row["ranks"], row["scores"], strict=True))
         assert all((ra < rb) == (sa > sb) for ra, sa in pairs for rb, sb in pairs)
     held_out = [row for row in made if row["split"] == "eval"]
-    assert demo_data.pairs_at_least(held_out, 1) >= 400
-    assert sum(len(row["ranks"]) == 4 for row in made) / len(made) > 0.7
+    assert demo_data.pairs_at_least(held_out, 1) >= 1000
+    assert sum(len(row["ranks"]) == demo_data.RANKING_SIZE for row in made) / len(made) > 0.55
 
 
 @pytest.mark.slow
