@@ -21,6 +21,7 @@ import html
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -52,8 +53,10 @@ PROMPT_WORDS = 4
 RESPONSE_WORDS = 2
 """A sentence is cut into prompt and response only when the response has this many words."""
 SNIPPET_WORDS = (3, 32)
-RANKING_SIZE = 8
-"""Answers of a full ranking; InstructGPT's labellers ranked 4 to 9."""
+RANKING_SIZES = (4, 8)
+"""Least and most answers of a ranking; InstructGPT's labellers ranked 4 to 9."""
+RATING_STEP = 0.5
+"""Ratings are ranked in steps of half a point: the mean of 15 to 20 raters is no surer than that."""
 HELD_OUT_SHARE = 0.15
 """Share of the ranking prompts that are held out."""
 LARGEST_HELD_OUT = 200
@@ -246,15 +249,16 @@ def unique_prompts(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
 def rankings(snippets: Iterable[Snippet]) -> list[dict[str, Any]]:
     """Rankings of rated snippets that begin alike, no snippet twice, shuffled.
 
-    Snippets that share two words are ranked in eights; what is left over is ranked by the first
-    word, in eights and at last in what remains, two at least. The shared words are the prompt, the rest of each
-    snippet a response. Prompts are held out by hash unless they are very common; held-out prompts
-    rank movie snippets only.
+    Snippets that share two words are ranked in eights, fours at least; what is left over is ranked
+    by the first word, in eights and at last in what remains, two at least. The shared words are the
+    prompt, the rest of each snippet a response. Prompts are held out by hash unless they are very
+    common; held-out prompts rank movie snippets only.
     """
     left = [s for s in snippets if SNIPPET_WORDS[0] <= len(s.text.split()) <= SNIPPET_WORDS[1]]
     left.sort(key=lambda s: order_key(s.text))
     rows: list[dict[str, Any]] = []
-    for words, smallest in ((2, RANKING_SIZE), (1, 2)):
+    least, most = RANKING_SIZES
+    for words, smallest in ((2, least), (1, 2)):
         by_prompt: dict[str, list[Snippet]] = defaultdict(list)
         for snippet in left:
             by_prompt[" ".join(snippet.text.split()[:words])].append(snippet)
@@ -263,8 +267,8 @@ def rankings(snippets: Iterable[Snippet]) -> list[dict[str, Any]]:
             held_out = len(members) <= LARGEST_HELD_OUT and _fraction(prompt) < HELD_OUT_SHARE
             allowed = [s for s in members if s.source == "movie" or not held_out]
             left += [s for s in members if s.source != "movie" and held_out]
-            for start in range(0, len(allowed), RANKING_SIZE):
-                group = allowed[start : start + RANKING_SIZE]
+            for start in range(0, len(allowed), most):
+                group = allowed[start : start + most]
                 if len(group) >= smallest:
                     rows.append(_ranking(prompt, group, held_out))
                 else:
@@ -332,13 +336,14 @@ def _checked(path: Path, sha256: str, mend: str) -> bytes:
 
 
 def _ranking(prompt: str, group: list[Snippet], held_out: bool) -> dict[str, Any]:
-    """One row; lower rank is better, equal ratings tie."""
+    """One row; lower rank is better, equal ratings in steps of `RATING_STEP` tie."""
     scores = [s.rating for s in group]
-    best_first = sorted(set(scores), reverse=True)
+    steps = [math.floor(score / RATING_STEP + 0.5) for score in scores]
+    best_first = sorted(set(steps), reverse=True)
     return {
         "prompt": prompt,
         "responses": [s.text.removeprefix(prompt) for s in group],
-        "ranks": [best_first.index(score) for score in scores],
+        "ranks": [best_first.index(step) for step in steps],
         "scores": [round(score, 4) for score in scores],
         "split": "eval" if held_out else "train",
     }
@@ -358,7 +363,7 @@ def _facts(
             facts[f"{name}_{split}"] = sum(r["split"] == split for r in rows)
     for split in ("train", "eval"):
         rows = [r for r in tables["preferences"] if r["split"] == split]
-        facts[f"{split}_full"] = sum(len(r["scores"]) == RANKING_SIZE for r in rows)
+        facts[f"{split}_full"] = sum(len(r["scores"]) >= RANKING_SIZES[0] for r in rows)
         facts[f"{split}_answers"] = sum(len(r["scores"]) for r in rows)
         facts[f"{split}_prompts"] = len({r["prompt"] for r in rows})
         for gap in (0.5, 1, 2):

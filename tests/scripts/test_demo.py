@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,10 @@ def test_cut(sentence: str, pieces: tuple[str, str] | None) -> None:
 
 
 def test_rankings_order_by_rating_and_share_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_data, "RANKING_SIZE", 4)
-    texts = [("one fine film", 2.5), ("one fine mess", -1.0), ("one fine day", 2.5)]
+    monkeypatch.setattr(demo_data, "RANKING_SIZES", (4, 4))
+    texts = [("one fine film", 2.3), ("one fine mess", -1.0), ("one fine day", 2.7)]
     texts += [
-        ("one fine one", 0.0),
+        ("one fine one", 0.2),
         ("one odd film", 1.0),
         ("one bad film", -2.0),
         ("alone it is", 1),
@@ -186,10 +187,11 @@ def test_rankings_are_disjoint_consistent_and_enough(built: Path) -> None:
             assert abs(snippet.rating - score) <= 5e-5
             assert row["split"] == "train" or snippet.source == "movie"
         pairs = list(zip(row["ranks"], row["scores"], strict=True))
-        assert all((ra < rb) == (sa > sb) for ra, sa in pairs for rb, sb in pairs)
+        for (ra, sa), (rb, sb) in product(pairs, pairs):
+            assert sa > sb if ra < rb else abs(sa - sb) < 0.5 or ra > rb
     held_out = [row for row in made if row["split"] == "eval"]
     assert demo_data.pairs_at_least(held_out, 1) >= 1000
-    assert sum(len(row["ranks"]) == demo_data.RANKING_SIZE for row in made) / len(made) > 0.55
+    assert sum(len(row["ranks"]) >= 4 for row in made) / len(made) > 0.7
 
 
 @pytest.mark.slow
