@@ -128,13 +128,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def passages(reviews: Iterable[Review], words: int) -> list[str]:
     """The `lm` documents as runs of whole sentences, each of at most `words` words, shuffled by hash.
 
-    Longer sentences are left out. A passage of several sentences is what shows the model that the mood of
-    a review lasts.
+    Longer sentences are left out. Several sentences together show the model that a mood lasts.
     """
     found: list[str] = []
-    for review in reviews:
-        if review.part != "lm":
-            continue
+    for review in (r for r in reviews if r.part == "lm"):
         passage: list[str] = []
         for sentence in sentences(review.text):
             one = sentence.split()
