@@ -18,8 +18,10 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# A shell's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.
+# A background job ignores Ctrl-C, under nohup the end of its terminal too; the processes that the tests start and
+# interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 settings.register_profile("tristage", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("tristage")
