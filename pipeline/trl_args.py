@@ -96,7 +96,9 @@ def build_trainer_arguments(
         try:
             checked[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
-            raise UserError(f"{place}: {error.errors()[0]['msg']} (got {value!r}).", mend="Mend this value.") from error
+            bare = "In YAML a bare no, off, yes or on is a truth value: put the word in quotes."
+            mend = bare if isinstance(value, bool) else "Mend this value."
+            raise UserError(f"{place}: {error.errors()[0]['msg']} (got {value!r}).", mend=mend) from error
     try:
         return config_class(**{**defaults, **checked, **fixed})
     except (ValueError, TypeError) as error:

@@ -45,6 +45,7 @@ def test_values_are_read_as_the_field_s_type() -> None:
         ({"learning_rate": "fast"}, "sft.trainer.learning_rate: "),
         ({"max_steps": 1.5}, "sft.trainer.max_steps: "),
         ({"names": "a"}, "sft.trainer.names: "),
+        ({"names": False}, "In YAML a bare no, off, yes or on is a truth value: put the word in quotes."),
         ({"max_steps": 0}, "sft.trainer: max_steps is zero"),
     ],
 )
