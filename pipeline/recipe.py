@@ -139,13 +139,31 @@ class PpoSection(Section):
     adam_epsilon: Positive = 1e-5
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
-    cliprange: Positive = 0.2
+    cliprange: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.2
+    cliprange_high: Positive | None = None
+    """Upper clip of the ratio where it differs from the lower one (DAPO); null means `cliprange`."""
+    dual_clip: Annotated[Number, Field(gt=1.0)] | None = None
+    """Bound on the loss of a negative advantage, in multiples of it; null turns it off."""
+    loss_reduction: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    """What the losses are averaged over; `fixed_length` divides by sequences x data.max_response_tokens."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus in the policy's loss."""
+    target_kl: Positive | None = None
+    """Mean 0.5 (log-ratio)^2 per token, in nats, above which the rest of an update is left out; null: never."""
+    critic_warmup_updates: Annotated[Integer, Field(ge=0)] = 0
+    """First updates in which only the critic is trained."""
     cliprange_value: Positive | None = 0.2
     """Clip of the value function's change; null turns it off."""
     gamma: Annotated[Number, Field(gt=0.0, le=1.0)] = 1.0
     lam: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.95
     kl_coef: NonNegative = 0.05
-    """Weight of the per-token KL penalty; with a target, its initial value."""
+    """Weight of the per-token KL penalty in the rewards; with a target, its initial value."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimate of the KL in the rewards; k1 is the unbiased one."""
+    kl_loss_coef: NonNegative = 0.0
+    """Weight of the KL to the reference as a term of the policy's loss."""
+    kl_loss_estimator: Literal["k2", "k3"] = "k3"
+    """Value of that term; its gradient is k2's for both, which is the KL's."""
     kl_target_per_sequence: Positive | None = None
     """Nats per sequence that the adaptive controller steers to; null keeps `kl_coef` fixed."""
     kl_horizon: Positive = 10000.0
@@ -154,6 +172,18 @@ class PpoSection(Section):
     """Normalised scores are clipped to plus or minus this; null turns it off."""
     missing_eos_penalty: NonNegative = 1.0
     """Subtracted from the normalised score of a response that was cut off before its EOS."""
+    length_penalty: NonNegative = 0.0
+    """Subtracted from the normalised score for every token of the response."""
+    score_scaling: Literal["none", "running"] = "none"
+    """`running` divides the scores by the standard deviation of all scores so far."""
+    whiten_rewards: bool = False
+    """Scale the token rewards of a batch to variance 1, their mean unmoved."""
+    importance_level: Literal["off", "token", "sequence"] = "off"
+    """Weigh the policy's loss by trainer / engine probability where the two differ (rollout.logprob_tolerance)."""
+    importance_mode: Literal["clamp", "mask"] = "clamp"
+    """Weights out of bounds are cut to them, or set to 0."""
+    importance_low: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.0
+    importance_high: Annotated[Number, Field(ge=1.0)] = 2.0
     critic_head: Literal["reward_model", "zero"] = "reward_model"
     """Initial value head: the reward model's own, or zeros."""
     eval_every: Count = 20
@@ -168,6 +198,15 @@ class PpoSection(Section):
                 f"rollout_batch_size ({self.rollout_batch_size}) is not a multiple of "
                 f"num_minibatches ({self.num_minibatches}); make it one, so that every optimiser step "
                 "sees the same number of sequences"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_trained(self) -> PpoSection:
+        if self.critic_warmup_updates >= self.updates:
+            raise ValueError(
+                f"critic_warmup_updates ({self.critic_warmup_updates}) leaves none of the {self.updates} updates for "
+                "the policy; lower it"
             )
         return self
 

@@ -131,11 +131,12 @@ class ValueModel(nn.Module):
         self.mean, self.std = mean, std
 
     def forward(self, batch: RolloutBatch) -> Tensor:
-        """Values [B,R] in float32: entry t is the value of the state before response token t."""
+        """Values [B,R], in float32 at least: entry t is the value of the state before response token t."""
         _, head = backbone_and_head(self.model)
         hidden = _trunk(self.model, batch)
         hidden = shifted_response_hidden(hidden, batch.prompt_ids.shape[1], batch.response_ids.shape[1])
-        values = head(hidden).squeeze(-1).float()
+        values = head(hidden).squeeze(-1)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         return ((values - self.mean) / self.std) * batch.response_mask
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Reduction = Literal["token_mean", "sequence_mean"]
+Reduction = Literal["token_mean", "sequence_mean", "fixed_length"]
 
 
 def masked_sum(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -81,16 +81,22 @@ def masked_reduce(
     """One loss value from per-token values [B,T], by a named reduction.
 
     `token_mean`: sum over tokens / number of tokens. `sequence_mean`: sum over sequences of the
-    mean over the sequence's tokens / number of sequences that have a token. `denominator` replaces
-    that number of tokens or sequences (the count of a whole optimiser step).
+    mean over the sequence's tokens / number of sequences that have a token. `fixed_length`: sum
+    over tokens / (T * number of sequences that have a token), which weighs every token alike
+    whatever the lengths (Dr. GRPO, arXiv:2503.20783, section 3.1). `denominator` replaces that
+    divisor (by the one of a whole optimiser step).
     """
+    if reduction == "fixed_length":
+        if denominator is None:
+            denominator = (x.shape[-1] * mask.any(-1).sum()).clamp(min=1)
+        return masked_mean(x, mask, denominator)
     if reduction == "token_mean":
         return masked_mean(x, mask, denominator)
     if reduction == "sequence_mean":
         counts = mask.sum(-1)
         per_sequence = torch.where(mask, x, 0.0).sum(-1) / counts.clamp(min=1)
         return masked_mean(per_sequence, counts > 0, denominator)
-    raise ValueError(f"reduction must be token_mean or sequence_mean, got {reduction!r}")
+    raise ValueError(f"reduction must be token_mean, sequence_mean or fixed_length, got {reduction!r}")
 
 
 def position_ids(attention_mask: Tensor) -> Int[Tensor, "batch time"]:

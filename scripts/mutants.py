@@ -88,9 +88,10 @@ PPO = _of(
     ("torch.expm1(-d) + d", "torch.expm1(d) - d"),
     (".clamp(max=K3_LIMIT)", ""),
     ("        d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)\n        return (", "        return -("),
-    ("normalised = (scores - mean) / std", "normalised = scores / std"),
-    ("normalised = (scores - mean) / std", "normalised = (scores - mean) * std"),
-    ("normalised.clamp(-clip, clip)", "normalised.clamp(max=clip)"),
+    ("return (scores - mean) / std", "return scores / std"),
+    ("return (scores - mean) / std", "return (scores - mean) * std"),
+    ("return scores - penalty * response_mask.sum(-1)", "return scores + penalty * response_mask.sum(-1)"),
+    ("return scores - penalty * response_mask.sum(-1)", "return scores - penalty * response_mask.shape[-1]"),
     ("torch.where(finished, scores, scores - penalty)", "torch.where(finished, scores - penalty, scores)"),
     ("torch.where(finished, scores, scores - penalty)", "torch.where(finished, scores, scores + penalty)"),
     ("kl_estimate(logprobs, ref_logprobs, kind), 0.0)", 'kl_estimate(logprobs, ref_logprobs, "k1"), 0.0)'),
@@ -117,17 +118,47 @@ PPO = _of(
     ("(clipped > plain).to(losses.dtype)", "(clipped < plain).to(losses.dtype)"),
     ("masked_mean(0.5 * log_ratio.square()", "masked_mean(log_ratio.square()"),
     ("response_mask, options.reduction, per_loss)", "response_mask, options.reduction)"),
-    ("denominator.sequences), denominator.tokens", "denominator.sequences), denominator.sequences"),
+    ("denominator.divisor(reduction), denominator.tokens", "denominator.divisor(reduction), denominator.sequences"),
+    ('"token_mean": self.tokens', '"token_mean": self.sequences'),
+    ('"sequence_mean": self.sequences', '"sequence_mean": self.tokens'),
+    ("self.sequences * self.length", "self.sequences"),
+    ("losses = losses * weights", "losses = losses / weights"),
+    ("old_logprobs - rollout_logprobs, 0.0)", "rollout_logprobs - old_logprobs, 0.0)"),
+    ("torch.where(response_mask, old_logprobs - rollout_logprobs, 0.0)", "old_logprobs - rollout_logprobs"),
+    ('options.level == "sequence"', 'options.level == "token"'),
+    ("log_weights.sum(-1, keepdim=True)", "log_weights.mean(-1, keepdim=True)"),
+    ("weights.clamp(options.low, options.high)", "weights.clamp(max=options.high)"),
+    ("(weights >= options.low) & (", "("),
+    ("& (weights <= options.high)", ""),
+    ("return torch.where(response_mask, weights, 0.0)", "return weights"),
+    ("log_weights.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)", "log_weights"),
+    ("    logprobs = torch.where(response_mask, logprobs, ref_logprobs)\n", ""),
+    ('estimate = kl_estimate(logprobs, ref_logprobs, "k2")', 'estimate = kl_estimate(logprobs, ref_logprobs, "k3")'),
+    ('"k3") - estimate).detach()', '"k3") - estimate)'),
+    (
+        "masked_reduce(estimate, response_mask, reduction, per_loss)",
+        "masked_reduce(estimate, response_mask, reduction)",
+    ),
     ("    values = torch.where(response_mask, values, 0.0)\n    plain", "    plain"),
     ("torch.maximum(plain, clipped), (clipped", "torch.minimum(plain, clipped), (clipped"),
     ("torch.clamp(values, old_values - cliprange_value,", "torch.clamp(values, -cliprange_value + returns,"),
     ("masked_reduce(0.5 * losses", "masked_reduce(losses"),
     ("masked_var(returns - values, mask)", "masked_var(values, mask)"),
     ("1 - unexplained / variance", "unexplained / variance"),
+)
+CONTROLLERS = _of(
+    "policy/ppo/controllers.py",
+    "tests/policy/ppo/test_controllers.py",
     ("max(-0.2, min(0.2,", "max(-0.2, min(0.3,"),
     ("max(-0.2, min(0.2,", "max(-0.3, min(0.2,"),
     ("kl_per_sequence / self.target - 1", "1 - kl_per_sequence / self.target"),
     ("error * n_sequences / self.horizon", "error / self.horizon"),
+    ("self._squares / self._count)", "self._squares / (self._count - 1))"),
+    (" + shift**2 * self._count * count / total", ""),
+    ("shift**2 * self._count * count / total", "shift**2 * count / total"),
+    ("self._mean += shift * count / total", "self._mean += shift / total"),
+    ("if self._squares > 0 else 1.0", "if self._squares > 0 else 0.0"),
+    ("return scores / self.std", "return (scores - self._mean) / self.std"),
 )
 REWARD_MODEL = _of(
     "reward_model/losses.py",
@@ -164,7 +195,7 @@ ROLLOUT = _of(
     ("int((self.lengths == 0).sum())", "int((self.lengths > 0).sum())"),
     ("if tuple(tensor.shape) != shape:", "if tensor.ndim != len(shape):"),
 )
-MUTANTS = TENSORS + PPO + REWARD_MODEL + ROLLOUT
+MUTANTS = TENSORS + PPO + CONTROLLERS + REWARD_MODEL + ROLLOUT
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from beartype import BeartypeConf, FrozenDict, beartype
 
 CHOICES = (
     Literal["k1", "k2", "k3"],
-    Literal["token_mean", "sequence_mean"],
+    Literal["token_mean", "sequence_mean", "fixed_length"],
+    Literal["k2", "k3"],
+    Literal["token", "sequence"],
+    Literal["clamp", "mask"],
     Literal["prompt_mean", "pair_mean"],
 )
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict(dict.fromkeys(CHOICES, str))))

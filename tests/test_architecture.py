@@ -21,8 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "policy", "reward_model", "rollout")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_KEYS = 80
-PURE = ("policy/tensors.py", "policy/ppo/maths.py", "reward_model/losses.py", "rollout/batch.py")
+MAX_KEYS = 100
+PURE = (
+    "policy/tensors.py",
+    "policy/ppo/maths.py",
+    "policy/ppo/controllers.py",
+    "reward_model/losses.py",
+    "rollout/batch.py",
+)
 
 
 def tracked_files() -> list[Path]:

@@ -13,7 +13,16 @@ from transformers import PreTrainedModel
 from pipeline.errors import UserError
 from pipeline.recipe import PpoSection, Recipe
 from policy.models import ValueModel, response_scores
-from policy.ppo.maths import gae, missing_eos_penalty, normalise_scores, token_rewards
+from policy.ppo.controllers import RunningScale
+from policy.ppo.maths import (
+    ImportanceOptions,
+    gae,
+    importance_weights,
+    length_penalty,
+    missing_eos_penalty,
+    normalise_scores,
+    token_rewards,
+)
 from policy.tensors import masked_whiten
 from reward_model.score import Normalisation, score_responses, token_batches
 from rollout.batch import RolloutBatch
@@ -51,7 +60,8 @@ class Experience:
         values, returns, advantages [B,R]: returns = raw advantages + values; advantages are whitened over the batch.
         rewards, kl [B,R]: per token; rewards = -kl_coef * kl, plus the score at the last response token.
         entropy [B,R]: of the policy at rollout time, nats.
-        scores [B]: raw reward-model output; shaped_scores [B]: normalised, clipped, less the missing-EOS penalty.
+        scores [B]: raw reward-model output; shaped_scores [B]: normalised, scaled, clipped, less the penalties.
+        weights [B,R]: importance weights of the engine's samples; None where engine and trainer agree.
     """
 
     batch: RolloutBatch
@@ -65,10 +75,22 @@ class Experience:
     entropy: Tensor
     scores: Tensor
     shaped_scores: Tensor
+    weights: Tensor | None = None
 
 
-def make_experience(roles: Roles, batch: RolloutBatch, ppo: PpoSection, kl_coef: float) -> Experience:
+def make_experience(
+    roles: Roles,
+    batch: RolloutBatch,
+    ppo: PpoSection,
+    kl_coef: float,
+    *,
+    scale: RunningScale | None = None,
+    logprob_tolerance: float = 0.0,
+) -> Experience:
     """Scores `batch` with the four roles and computes advantages; no gradients.
+
+    `scale` is that of `ppo.score_scaling: running`. Importance weights are computed when `ppo.importance_level` asks
+    for them and a log-probability of the engine is more than `logprob_tolerance` nats from the trainer's.
 
     Advantages are whitened once over the whole rollout batch (ppo-details: OpenAI, OpenRLHF), never per micro-batch.
     """
@@ -77,10 +99,11 @@ def make_experience(roles: Roles, batch: RolloutBatch, ppo: PpoSection, kl_coef:
     ref_logprobs, _ = policy_logprobs(roles, roles.reference, batch, with_entropy=False)
     values = critic_values(roles, batch)
     raw = raw_scores(roles, batch)
-    scores = normalise_scores(raw, roles.normalisation.mean, roles.normalisation.std, ppo.score_clip)
-    scores = missing_eos_penalty(scores, batch.finished, ppo.missing_eos_penalty)
     mask = batch.response_mask
-    rewards, kl = token_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef)
+    scores = shaped_scores(roles, batch, raw, ppo, scale)
+    rewards, kl = token_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef, ppo.kl_estimator)
+    if ppo.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, ppo.gamma, ppo.lam)
     return Experience(
         batch=batch,
@@ -94,7 +117,28 @@ def make_experience(roles: Roles, batch: RolloutBatch, ppo: PpoSection, kl_coef:
         entropy=entropy,
         scores=raw,
         shaped_scores=scores,
+        weights=_weights(batch, old_logprobs, ppo, logprob_tolerance),
     )
+
+
+def shaped_scores(
+    roles: Roles, batch: RolloutBatch, raw: Tensor, ppo: PpoSection, scale: RunningScale | None
+) -> Tensor:
+    """Raw scores [B], normalised, scaled and clipped, less the penalties for a missing EOS and for length."""
+    scores = normalise_scores(raw, roles.normalisation.mean, roles.normalisation.std)
+    if scale is not None:
+        scores = scale.scale(scores)
+    if ppo.score_clip is not None:
+        scores = scores.clamp(-ppo.score_clip, ppo.score_clip)
+    scores = missing_eos_penalty(scores, batch.finished, ppo.missing_eos_penalty)
+    return length_penalty(scores, batch.response_mask, ppo.length_penalty)
+
+
+def _weights(batch: RolloutBatch, old_logprobs: Tensor, ppo: PpoSection, tolerance: float) -> Tensor | None:
+    if ppo.importance_level == "off" or engine_gap(batch, old_logprobs)[0] <= tolerance:
+        return None
+    options = ImportanceOptions(ppo.importance_level, ppo.importance_mode, ppo.importance_low, ppo.importance_high)
+    return importance_weights(old_logprobs, batch.rollout_logprobs, batch.response_mask, options)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO: KL estimates, token rewards, advantages, clipped losses, KL controllers.
+"""The arithmetic of PPO: KL estimates, token rewards, advantages, importance weights, clipped losses.
 
 Shapes: B sequences, R response positions, right-padded; `response_mask` [B,R] is True on the
 sampled tokens, a prefix of each row.
@@ -42,20 +42,15 @@ def kl_estimate(
     raise ValueError(f"kind must be one of {', '.join(get_args(KLKind))}, got {kind!r}")
 
 
-def normalise_scores(
-    scores: Float[Tensor, " batch"], mean: float, std: float, clip: float | None = None
-) -> Float[Tensor, " batch"]:
-    """(scores - mean) / std, then clamped to +-clip unless `clip` is None; shape [B].
+def normalise_scores(scores: Float[Tensor, " batch"], mean: float, std: float) -> Float[Tensor, " batch"]:
+    """(scores - mean) / std, shape [B].
 
-    `mean` and `std` are the reward model's, measured once. Raises ValueError when `std` or `clip`
-    is not a positive number.
+    `mean` and `std` are the reward model's, measured once. Raises ValueError when `std` is not a
+    positive number.
     """
     if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
         raise ValueError(f"scores need a finite mean and a std > 0, got mean {mean}, std {std}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be > 0, got {clip}")
-    normalised = (scores - mean) / std
-    return normalised if clip is None else normalised.clamp(-clip, clip)
+    return (scores - mean) / std
 
 
 def missing_eos_penalty(
@@ -66,6 +61,13 @@ def missing_eos_penalty(
     Source: trl PPOTrainer `missing_eos_penalty`.
     """
     return scores if penalty is None else torch.where(finished, scores, scores - penalty)
+
+
+def length_penalty(
+    scores: Float[Tensor, " batch"], response_mask: Bool[Tensor, "batch response"], penalty: float
+) -> Float[Tensor, " batch"]:
+    """Scores [B] minus `penalty` for every token of the response, its EOS included."""
+    return scores - penalty * response_mask.sum(-1)
 
 
 @torch.no_grad()
@@ -118,10 +120,22 @@ def gae(
 
 @dataclass(frozen=True)
 class StepCounts:
-    """How many response tokens, and sequences with at least one, a whole optimiser step holds."""
+    """How many response tokens, and sequences with at least one, a whole optimiser step holds.
+
+    `length` is the number of tokens that a response may have, for the reduction `fixed_length`.
+    """
 
     tokens: float
     sequences: float
+    length: int = 1
+
+    def divisor(self, reduction: Reduction) -> float:
+        """What the sum of a loss is divided by under `reduction`; see `masked_reduce`."""
+        return {
+            "token_mean": self.tokens,
+            "sequence_mean": self.sequences,
+            "fixed_length": self.sequences * self.length,
+        }[reduction]
 
 
 def _denominators(denominator: float | StepCounts | None, reduction: Reduction) -> tuple[float | None, float | None]:
@@ -129,8 +143,7 @@ def _denominators(denominator: float | StepCounts | None, reduction: Reduction) 
     if denominator is None:
         return None, None
     if isinstance(denominator, StepCounts):
-        by_token = reduction == "token_mean"
-        return (denominator.tokens if by_token else denominator.sequences), denominator.tokens
+        return denominator.divisor(reduction), denominator.tokens
     if reduction != "token_mean":
         raise ValueError(f"{reduction} needs a StepCounts: one number cannot divide both loss and metrics")
     return denominator, denominator
@@ -166,13 +179,15 @@ def policy_loss(
     response_mask: Bool[Tensor, "batch response"],
     options: PolicyLossOptions,
     *,
+    weights: Float[Tensor, "batch response"] | None = None,
     denominator: float | StepCounts | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The clipped surrogate loss, a scalar, and its metrics.
 
     rho = exp(logprobs - old_logprobs); per token max(-A rho, -A clip(rho, 1 - low, 1 + high)),
     and with dual clip c the smaller of that and -c A where A < 0; reduced by
-    `options.reduction`. The log-ratio is clamped to +-20 before the exponential.
+    `options.reduction`. The log-ratio is clamped to +-20 before the exponential. `weights`, of
+    `importance_weights`, multiply the token losses.
 
     Metrics are detached token means over the mask: `clipfrac` (tokens whose clipped term is the
     larger), `approx_kl` = mean(0.5 (logprobs - old_logprobs)^2) in nats, `ratio` = mean(rho).
@@ -193,6 +208,8 @@ def policy_loss(
     if options.dual_clip is not None:
         bounded = torch.minimum(losses, -options.dual_clip * advantages)
         losses = torch.where(advantages < 0, bounded, losses)
+    if weights is not None:
+        losses = losses * weights
     with torch.no_grad():
         metrics = {
             "clipfrac": masked_mean((clipped > plain).to(losses.dtype), response_mask, per_metric),
@@ -200,6 +217,74 @@ def policy_loss(
             "ratio": masked_mean(ratio, response_mask, per_metric),
         }
     return masked_reduce(losses, response_mask, options.reduction, per_loss), metrics
+
+
+@dataclass(frozen=True)
+class ImportanceOptions:
+    """Settings of `importance_weights`: one weight per token, or their product per sequence.
+
+    `clamp` cuts the weights to [low, high]; `mask` sets those outside to 0.
+    """
+
+    level: Literal["token", "sequence"] = "token"
+    mode: Literal["clamp", "mask"] = "clamp"
+    low: float = 0.0
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= 1 <= self.high:
+            raise ValueError(f"importance weights need 0 <= low <= 1 <= high, got {self.low} and {self.high}")
+
+
+@torch.no_grad()
+def importance_weights(
+    old_logprobs: Float[Tensor, "batch response"],
+    rollout_logprobs: Float[Tensor, "batch response"],
+    response_mask: Bool[Tensor, "batch response"],
+    options: ImportanceOptions,
+) -> Float[Tensor, "batch response"]:
+    """Weights [B,R] of samples that another engine drew: exp(old_logprobs - rollout_logprobs), bounded.
+
+    At level `sequence` every token of a row has the weight exp(sum over its tokens). The sum is
+    clamped to +-20 before the exponential; 0 outside the mask, no gradient. Sources: truncated
+    importance sampling, Ionides 2008; between engine and trainer, OpenRLHF `PolicyLoss`
+    (`vllm_is_truncated_threshold`) and verl `rollout_is`; masking: IcePop.
+    """
+    log_weights = torch.where(response_mask, old_logprobs - rollout_logprobs, 0.0)
+    if options.level == "sequence":
+        log_weights = log_weights.sum(-1, keepdim=True).expand_as(log_weights)
+    weights = log_weights.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    if options.mode == "clamp":
+        weights = weights.clamp(options.low, options.high)
+    else:
+        weights = torch.where((weights >= options.low) & (weights <= options.high), weights, 0.0)
+    return torch.where(response_mask, weights, 0.0)
+
+
+def kl_loss(
+    logprobs: Float[Tensor, "batch response"],
+    ref_logprobs: Float[Tensor, "batch response"],
+    response_mask: Bool[Tensor, "batch response"],
+    kind: Literal["k2", "k3"],
+    *,
+    denominator: float | StepCounts | None = None,
+    reduction: Reduction = "token_mean",
+) -> Float[Tensor, ""]:
+    """KL(policy || reference) as a term of the loss, a scalar in nats.
+
+    Its value is `kl_estimate` of the kind, its gradient that of k2 for both: on samples of the
+    policy E[d grad logprobs] is the gradient of the KL, while k1's is 0 and k3's another one's.
+    `reduction` and `denominator` as in `policy_loss`. Source: Schulman, "Approximating KL
+    divergence"; verl `kl_penalty` ("k3+", straight-through).
+    """
+    if kind not in ("k2", "k3"):
+        raise ValueError(f"kind must be k2 or k3, got {kind!r}")
+    per_loss, _ = _denominators(denominator, reduction)
+    logprobs = torch.where(response_mask, logprobs, ref_logprobs)
+    estimate = kl_estimate(logprobs, ref_logprobs, "k2")
+    if kind == "k3":
+        estimate = estimate + (kl_estimate(logprobs, ref_logprobs, "k3") - estimate).detach()
+    return masked_reduce(estimate, response_mask, reduction, per_loss)
 
 
 def value_loss(
@@ -246,59 +331,3 @@ def explained_variance(
     variance = masked_var(returns, mask)
     unexplained = masked_var(returns - values, mask)
     return torch.where(variance > 0, 1 - unexplained / variance, math.nan)
-
-
-class FixedKLController:
-    """A KL coefficient that never changes."""
-
-    def __init__(self, kl_coef: float) -> None:
-        _check_kl_coef(kl_coef)
-        self._kl_coef = kl_coef
-
-    @property
-    def kl_coef(self) -> float:
-        """The weight of the KL penalty in the token rewards."""
-        return self._kl_coef
-
-    def update(self, kl_per_sequence: float, n_sequences: int) -> None:
-        """Takes what `AdaptiveKLController.update` takes and keeps the coefficient."""
-
-    def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs."""
-        return {"kl_coef": self._kl_coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes back what `state_dict` gave."""
-        _check_kl_coef(state["kl_coef"])
-        self._kl_coef = state["kl_coef"]
-
-
-class AdaptiveKLController(FixedKLController):
-    """A KL coefficient that holds the KL per sequence near a target.
-
-    kl_coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * n_sequences / horizon. `target` is in nats
-    per sequence (the sum over its tokens, mean over sequences), `horizon` in sequences. Source:
-    Ziegler et al. 2019, section 2.2; openai/lm-human-preferences `AdaptiveKLController`.
-    """
-
-    def __init__(self, kl_coef: float, target: float, horizon: float) -> None:
-        super().__init__(kl_coef)
-        if not (target > 0 and horizon > 0):
-            raise ValueError(f"target and horizon must be > 0, got {target} and {horizon}")
-        self.target = target
-        self.horizon = horizon
-
-    def update(self, kl_per_sequence: float, n_sequences: int) -> None:
-        """Moves the coefficient after `n_sequences` with mean KL `kl_per_sequence` (nats).
-
-        Raises ValueError when the KL is not finite.
-        """
-        if not math.isfinite(kl_per_sequence):
-            raise ValueError(f"the KL per sequence is {kl_per_sequence}")
-        error = max(-0.2, min(0.2, kl_per_sequence / self.target - 1))
-        self._kl_coef *= 1 + error * n_sequences / self.horizon
-
-
-def _check_kl_coef(kl_coef: float) -> None:
-    if not (kl_coef >= 0 and math.isfinite(kl_coef)):
-        raise ValueError(f"kl_coef must be a finite number >= 0, got {kl_coef}")

@@ -26,11 +26,12 @@ from pipeline.recipe import Recipe
 from pipeline.stage import Stage, stage_main
 from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts, load_tokenizer, tokenizer_sha256
 from policy.models import cast, check_projection, disable_dropout, load_policy, load_value_model, save_model
+from policy.ppo.controllers import AdaptiveKLController, FixedKLController, RunningScale
 from policy.ppo.experience import Experience, Roles, check_engine, make_experience
 from policy.ppo.held_out import HeldOut, load_report, report_metrics, save_report
-from policy.ppo.maths import AdaptiveKLController, FixedKLController, explained_variance
-from policy.ppo.state import load_newest_state, save_state
-from policy.ppo.update import Learner, ppo_update
+from policy.ppo.maths import explained_variance
+from policy.ppo.state import Stateful, load_newest_state, save_state
+from policy.ppo.update import Learner, UpdateOptions, ppo_update
 from policy.tensors import masked_mean
 from reward_model.score import load_reward_model, read_normalisation
 from rollout.batch import RolloutBatch
@@ -48,6 +49,7 @@ class Run:
     roles: Roles
     learner: Learner
     controller: FixedKLController
+    scale: RunningScale | None
     engine: RolloutEngine
     encoder: Encoder
     prompts: list[EncodedPrompt]
@@ -58,6 +60,17 @@ class Run:
     def recipe(self) -> Recipe:
         """The resolved recipe."""
         return self.stage.recipe
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """All whose state an exact resume needs."""
+        parts: dict[str, Stateful] = {
+            "policy": self.roles.policy,
+            "critic": self.roles.critic,
+            "learner": self.learner,
+            "kl_controller": self.controller,
+        }
+        return parts if self.scale is None else {**parts, "score_scale": self.scale}
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -78,10 +91,20 @@ def run(stage: Stage) -> dict[str, Any]:
             with training.timed("rollout"):
                 batch = sample(training, update)
             with training.timed("experience"):
-                experience = make_experience(training.roles, batch, ppo, training.controller.kl_coef)
+                experience = make_experience(
+                    training.roles,
+                    batch,
+                    ppo,
+                    training.controller.kl_coef,
+                    scale=training.scale,
+                    logprob_tolerance=stage.recipe.rollout.logprob_tolerance,
+                )
                 gap = check_engine(experience, stage.recipe, update, training.engine.name)
             with training.timed("update"):
-                losses = ppo_update(training.roles, training.learner, experience, ppo)
+                options = UpdateOptions(
+                    ppo, stage.recipe.data.max_response_tokens, train_policy=update > ppo.critic_warmup_updates
+                )
+                losses = ppo_update(training.roles, training.learner, experience, options)
             with training.timed("sync"):
                 training.engine.load_weights(training.roles.policy.state_dict().items())
             metrics = summarise_update(training, experience, losses, gap)
@@ -91,7 +114,7 @@ def run(stage: Stage) -> dict[str, Any]:
             if update % ppo.eval_every == 0 or update == ppo.updates:
                 evaluate(training, update)
             if update % ppo.save_every == 0 and update < ppo.updates:
-                save_state(stage.state, update, training.roles, training.learner, training.controller)
+                save_state(stage.state, update, training.parts)
     return finish(training)
 
 
@@ -146,6 +169,7 @@ def set_up(stage: Stage) -> Run:
         roles=roles,
         learner=Learner.create(roles, ppo, recipe.seed),
         controller=controller,
+        scale=RunningScale() if ppo.score_scaling == "running" else None,
         engine=engine,
         encoder=encoder,
         prompts=train,
@@ -156,7 +180,7 @@ def set_up(stage: Stage) -> Run:
 def resume(training: Run) -> int:
     """Restores the newest saved state and returns the number of updates done; a fresh run evaluates SFT first."""
     stage = training.stage
-    done = load_newest_state(stage.state, training.roles, training.learner, training.controller)
+    done = load_newest_state(stage.state, training.parts)
     stage.tracker.rewind(-1 if done is None else done)
     if done is None:
         evaluate(training, 0)

@@ -5,23 +5,29 @@ from __future__ import annotations
 import os
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
 
 from pipeline.artifacts import sync_directory
-from policy.ppo.experience import Roles
-from policy.ppo.maths import FixedKLController
-from policy.ppo.update import Learner
 
 KEPT = 2
 _NAME = re.compile(r"update_(\d+)\.pt")
 
 
-def save_state(directory: Path, update: int, roles: Roles, learner: Learner, controller: FixedKLController) -> None:
-    """Writes `update_<n>.pt` after `update` updates: weights, optimisers, schedules, RNGs, KL controller.
+class Stateful(Protocol):
+    """A model, an optimiser or anything else whose state a resumed run needs."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+def save_state(directory: Path, update: int, parts: Mapping[str, Stateful]) -> None:
+    """Writes `update_<n>.pt` after `update` updates: the state of every part, and the random generators.
 
     Data order and sampling seeds are functions of the update number, so it is the data position too. The last
     two states are kept.
@@ -30,10 +36,7 @@ def save_state(directory: Path, update: int, roles: Roles, learner: Learner, con
     numpy_rng = numpy.random.get_state(legacy=False)
     state = {
         "update": update,
-        "policy": roles.policy.state_dict(),
-        "critic": roles.critic.state_dict(),
-        "learner": learner.state_dict(),
-        "kl_controller": controller.state_dict(),
+        "parts": {name: part.state_dict() for name, part in parts.items()},
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy_rng": {
@@ -56,16 +59,14 @@ def save_state(directory: Path, update: int, roles: Roles, learner: Learner, con
         old.unlink()
 
 
-def load_newest_state(directory: Path, roles: Roles, learner: Learner, controller: FixedKLController) -> int | None:
-    """Restores the newest state in place; returns its update number, or None when there is none."""
+def load_newest_state(directory: Path, parts: Mapping[str, Stateful]) -> int | None:
+    """Restores the newest state of every part in place; returns its update number, or None when there is none."""
     states = _states(directory)
     if not states:
         return None
     state: dict[str, Any] = torch.load(states[-1], map_location="cpu", weights_only=True)
-    roles.policy.load_state_dict(state["policy"])
-    roles.critic.load_state_dict(state["critic"])
-    learner.load_state_dict(state["learner"])
-    controller.load_state_dict(state["kl_controller"])
+    for name, part in parts.items():
+        part.load_state_dict(state["parts"][name])
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])

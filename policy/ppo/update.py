@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from pipeline.recipe import PpoSection
 from policy.models import response_scores
 from policy.ppo.experience import Experience, Roles, micro_batches
-from policy.ppo.maths import PolicyLossOptions, policy_loss, value_loss
+from policy.ppo.maths import PolicyLossOptions, StepCounts, kl_loss, policy_loss, value_loss
+from policy.tensors import masked_reduce
 
 
 @dataclass
@@ -36,13 +37,18 @@ class Learner:
             parameters = [p for p in model.parameters() if p.requires_grad]
             return AdamW(parameters, lr=learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True)
 
-        def factor(update: int) -> float:
-            return 1.0 - update / ppo.updates if ppo.lr_schedule == "linear" else 1.0
+        def schedule(of: AdamW, updates: int) -> LambdaLR:
+            linear = ppo.lr_schedule == "linear"
+            return LambdaLR(of, lambda update: 1.0 - update / updates if linear else 1.0)
 
         policy = optimizer(roles.policy, ppo.learning_rate)
         critic = optimizer(roles.critic, ppo.critic_learning_rate)
         return cls(
-            policy, critic, LambdaLR(policy, factor), LambdaLR(critic, factor), torch.Generator().manual_seed(seed)
+            policy,
+            critic,
+            schedule(policy, ppo.updates - ppo.critic_warmup_updates),
+            schedule(critic, ppo.updates),
+            torch.Generator().manual_seed(seed),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,71 +70,116 @@ class Learner:
         self.generator.set_state(state["generator"])
 
 
-def ppo_update(roles: Roles, learner: Learner, experience: Experience, ppo: PpoSection) -> dict[str, float]:
-    """num_ppo_epochs passes of num_minibatches optimiser steps each; returns means over the steps.
+@dataclass(frozen=True)
+class UpdateOptions:
+    """What one update needs to know beside the experience.
 
-    Denominators are token counts of the whole optimiser step, so that the split into micro-batches never shows in
-    the result. `val/ratio_first` is the mean ratio of the first minibatch, which must be 1.
+    Attributes:
+        max_response_tokens: the length that `fixed_length` divides by.
+        train_policy: False while the critic warms up.
     """
-    totals: dict[str, float] = defaultdict(float)
-    ratio_first = None
+
+    ppo: PpoSection
+    max_response_tokens: int
+    train_policy: bool = True
+
+
+def ppo_update(roles: Roles, learner: Learner, experience: Experience, options: UpdateOptions) -> dict[str, float]:
+    """num_ppo_epochs passes of num_minibatches optimiser steps each; returns means over the steps taken.
+
+    Denominators are counts of the whole optimiser step, so that the split into micro-batches never shows in the
+    result. The first step whose approximate KL exceeds `ppo.target_kl`, and all after it, are left out
+    (`policy/steps` counts those taken). `val/ratio_first` is the mean ratio of the first minibatch, which must be 1.
+    """
+    ppo = options.ppo
+    taken: list[dict[str, float]] = []
     size = ppo.rollout_batch_size // ppo.num_minibatches
-    steps = ppo.num_ppo_epochs * ppo.num_minibatches
     roles.policy.train()
     roles.critic.train()
-    for _ in range(ppo.num_ppo_epochs):
-        order = torch.randperm(experience.scores.shape[0], generator=learner.generator)
-        for rows in order.split(size):
-            step = _optimiser_step(roles, learner, experience, rows.tolist(), ppo)
-            ratio_first = step["val/ratio"] if ratio_first is None else ratio_first
-            for key, value in step.items():
-                totals[key] += value / steps
-    learner.policy_schedule.step()
+    for rows in _minibatches(experience.scores.shape[0], size, ppo.num_ppo_epochs, learner.generator):
+        step = _optimiser_step(roles, learner, experience, rows, options)
+        if step is None:
+            break
+        taken.append(step)
+    if options.train_policy:
+        learner.policy_schedule.step()
     learner.critic_schedule.step()
     roles.policy.eval()
     roles.critic.eval()
-    return {**totals, "val/ratio_first": ratio_first or 0.0}
+    means = {key: sum(step[key] for step in taken) / len(taken) for key in taken[0]}
+    return {**means, "val/ratio_first": taken[0]["val/ratio"], "policy/steps": float(len(taken))}
+
+
+def _minibatches(rows: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[list[int]]:
+    for _ in range(epochs):
+        for chosen in torch.randperm(rows, generator=generator).split(size):
+            yield chosen.tolist()
 
 
 def _optimiser_step(
-    roles: Roles, learner: Learner, experience: Experience, rows: list[int], ppo: PpoSection
-) -> dict[str, float]:
-    """One step of both optimisers over the sequences `rows`."""
+    roles: Roles, learner: Learner, experience: Experience, rows: list[int], options: UpdateOptions
+) -> dict[str, float] | None:
+    """One step of both optimisers over the sequences `rows`; None, and no step, past `target_kl`."""
+    ppo = options.ppo
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=roles.device))
     minibatch = experience.batch.select(rows)
-    denominator = float(minibatch.response_mask.sum())
+    counts = StepCounts(
+        tokens=float(minibatch.response_mask.sum()),
+        sequences=float(minibatch.response_mask.any(1).sum()),
+        length=options.max_response_tokens,
+    )
     learner.policy_optimizer.zero_grad(set_to_none=True)
     learner.critic_optimizer.zero_grad(set_to_none=True)
     for slice_ in micro_batches(minibatch, roles.max_tokens):
         chosen = [rows[i] for i in slice_]
-        for key, value in _micro_batch(roles, experience, chosen, ppo, denominator).items():
+        for key, value in _micro_batch(roles, experience, chosen, ppo, counts).items():
             metrics[key] = metrics[key] + value
+    if ppo.target_kl is not None and metrics["policy/approxkl_avg"] > ppo.target_kl:
+        return None
     norms = {
         "policy/grad_norm": nn.utils.clip_grad_norm_(roles.policy.parameters(), ppo.max_grad_norm),
         "val/grad_norm": nn.utils.clip_grad_norm_(roles.critic.parameters(), ppo.max_grad_norm),
     }
     learner.critic_optimizer.step()
-    learner.policy_optimizer.step()
+    if options.train_policy:
+        learner.policy_optimizer.step()
     return {key: float(value) for key, value in {**metrics, **norms}.items()}
 
 
 def _micro_batch(
-    roles: Roles, experience: Experience, rows: list[int], ppo: PpoSection, denominator: float
+    roles: Roles, experience: Experience, rows: list[int], ppo: PpoSection, counts: StepCounts
 ) -> dict[str, Tensor]:
-    """Forward and backward of policy and critic; returns this slice's share of the step's metrics."""
+    """Forward and backward of policy and critic; returns this slice's share of the step's metrics.
+
+    The policy's loss is the clipped surrogate + kl_loss_coef * KL to the reference - entropy_coef * entropy.
+    """
     part = experience.batch.select(rows)
     width = part.response_ids.shape[1]
     mask = part.response_mask
     with roles.autocast():
-        logprobs = response_scores(roles.policy, part, roles.temperature, with_entropy=False).logprobs
-    loss, policy_metrics = policy_loss(
-        logprobs,
+        scores = response_scores(roles.policy, part, roles.temperature, with_entropy=ppo.entropy_coef > 0)
+    surrogate, policy_metrics = policy_loss(
+        scores.logprobs,
         experience.old_logprobs[rows, :width],
         experience.advantages[rows, :width],
         mask,
-        PolicyLossOptions(cliprange=ppo.cliprange),
-        denominator=denominator,
+        PolicyLossOptions(ppo.cliprange, ppo.cliprange_high, ppo.dual_clip, ppo.loss_reduction),
+        weights=None if experience.weights is None else experience.weights[rows, :width],
+        denominator=counts,
     )
+    loss = surrogate
+    if ppo.entropy_coef:
+        divisor = counts.divisor(ppo.loss_reduction)
+        loss = loss - ppo.entropy_coef * masked_reduce(scores.entropy, mask, ppo.loss_reduction, divisor)
+    if ppo.kl_loss_coef:
+        loss = loss + ppo.kl_loss_coef * kl_loss(
+            scores.logprobs,
+            experience.ref_logprobs[rows, :width],
+            mask,
+            ppo.kl_loss_estimator,
+            denominator=counts,
+            reduction=ppo.loss_reduction,
+        )
     loss.backward()
     with roles.autocast():
         values = roles.critic(part)
@@ -138,7 +189,8 @@ def _micro_batch(
         experience.returns[rows, :width],
         mask,
         cliprange_value=ppo.cliprange_value,
-        denominator=denominator,
+        denominator=counts,
+        reduction=ppo.loss_reduction,
     )
     critic_loss.backward()
     return {

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policy.ppo.controllers import AdaptiveKLController
 from policy.ppo.maths import (
-    AdaptiveKLController,
     PolicyLossOptions,
     gae,
     kl_estimate,

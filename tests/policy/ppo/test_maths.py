@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from policy.ppo.maths import (
-    AdaptiveKLController,
-    FixedKLController,
+    ImportanceOptions,
     KLKind,
     PolicyLossOptions,
     StepCounts,
     explained_variance,
     gae,
+    importance_weights,
     kl_estimate,
+    kl_loss,
+    length_penalty,
     missing_eos_penalty,
     normalise_scores,
     policy_loss,
@@ -75,14 +78,14 @@ def test_k1_and_k3_average_to_the_kl_of_two_distributions(seed: int) -> None:
 def test_score_normalisation_and_eos_penalty_by_hand() -> None:
     scores = tensor([5.0, 1.0, -9.0])
     close(normalise_scores(scores, 1.0, 2.0), [2.0, 0.0, -5.0])
-    close(normalise_scores(scores, 1.0, 2.0, 3.0), [2.0, 0.0, -3.0])
-    close(normalise_scores(scores, 1.0, 2.0, 1.5), [1.5, 0.0, -1.5])
     finished = torch.tensor([T, F, T])
     close(missing_eos_penalty(scores, finished, 2.0), [5.0, -1.0, -9.0])
     assert missing_eos_penalty(scores, finished, None) is scores
-    for mean, std, clip in [(0, 0, None), (0, -1, None), (math.nan, 1, None), (0, 1, 0)]:
+    mask = torch.tensor([[T, T, T], [T, F, F], [T, T, F]])
+    close(length_penalty(scores, mask, 0.5), [3.5, 0.5, -10.0])
+    for mean, std in [(0, 0), (0, -1), (math.nan, 1), (0, math.inf)]:
         with pytest.raises(ValueError, match="got"):
-            normalise_scores(scores, mean, std, clip)
+            normalise_scores(scores, mean, std)
 
 
 def test_the_score_stands_on_the_last_token_and_kl_on_every_token() -> None:
@@ -198,6 +201,11 @@ def test_sequence_mean_and_denominators_by_hand() -> None:
     loss, metrics = policy_loss(*case, options, denominator=StepCounts(tokens=10, sequences=8))
     close(loss.detach(), sum(rows) / 8)
     close(metrics["clipfrac"], 2 / 10)
+    fixed = PolicyLossOptions(0.2, reduction="fixed_length")
+    close(policy_loss(*case, fixed)[0].detach(), -1.0 / (2 * 3))
+    loss, metrics = policy_loss(*case, fixed, denominator=StepCounts(tokens=10, sequences=8, length=7))
+    close(loss.detach(), -1.0 / (8 * 7))
+    close(metrics["clipfrac"], 2 / 10)
     loss, metrics = policy_loss(*case, PolicyLossOptions(0.2), denominator=StepCounts(10, 8))
     close(loss.detach(), -1.0 / 10)
     close(metrics["ratio"], 5.1 / 10)
@@ -239,7 +247,75 @@ def test_a_runaway_ratio_keeps_loss_and_gradient_finite() -> None:
     assert logprobs.grad.isfinite().all()
 
 
-@given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from(["token_mean", "sequence_mean"]))
+WEIGHTS = {
+    ("token", "clamp"): [[0.5, 1.0, 2.0], [2.0, 0.6, 0.0]],
+    ("token", "mask"): [[0.0, 1.0, 0.0], [2.0, 0.6, 0.0]],
+    # products 0.4 * 1 * 8 = 3.2 and 2 * 0.6 = 1.2
+    ("sequence", "clamp"): [[2.0, 2.0, 2.0], [1.2, 1.2, 0.0]],
+    ("sequence", "mask"): [[0.0, 0.0, 0.0], [1.2, 1.2, 0.0]],
+}
+
+
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_importance_weights_by_hand(form: tuple[Any, Any]) -> None:
+    mask = torch.tensor([[T, T, T], [T, T, F]])
+    old = tensor([[-1.0, -2.0, -3.0], [-0.5, -1.5, POISON]]).requires_grad_()
+    rollout = old.detach() - tensor([[0.4, 1.0, 8.0], [2.0, 0.6, 5.0]]).log()
+    weights = importance_weights(old, rollout, mask, ImportanceOptions(*form, low=0.5, high=2.0))
+    close(weights, WEIGHTS[form], 1e-12)
+    assert not weights.requires_grad
+    loss, metrics = policy_loss(*policy_case(), PolicyLossOptions(0.2), weights=weights)
+    by_hand = [[-2.4, -1.0, -2.2], [3.0, 1.6, 0.0]]
+    close(loss.detach(), float((tensor(WEIGHTS[form]) * tensor(by_hand)).sum()) / 5)
+    close(metrics["clipfrac"], 2 / 5)
+
+
+def test_importance_weights_stay_finite_and_their_bounds_are_checked() -> None:
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    options = ImportanceOptions(high=1e9)
+    close(importance_weights(tensor([[0.0]]), tensor([[-800.0]]), mask, options), [[math.exp(20)]])
+    for low, high in [(-0.1, 2.0), (1.1, 2.0), (0.0, 0.9)]:
+        with pytest.raises(ValueError, match="got"):
+            ImportanceOptions(low=low, high=high)
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_kl_loss_has_the_estimate_as_value_and_the_gradient_of_the_kl(kind: Any) -> None:
+    # d = log 2, -log 4: value k2 or k3, gradient d
+    ref = tensor([[-1.0, -2.0, POISON]])
+    logprobs = (ref + tensor([[math.log(2), -math.log(4), 0.0]])).requires_grad_()
+    mask = torch.tensor([[T, T, F]])
+    value = {
+        "k2": (math.log(2) ** 2 + math.log(4) ** 2) / 2,
+        "k3": (1 / 2 - 1 + math.log(2)) + (4 - 1 - math.log(4)),
+    }[kind]
+    loss = kl_loss(logprobs, ref, mask, kind)
+    close(loss.detach(), value / 2)
+    close(torch.autograd.grad(loss, logprobs)[0], [[math.log(2) / 2, -math.log(4) / 2, 0.0]])
+    close(kl_loss(logprobs, ref, mask, kind, denominator=StepCounts(10, 4)).detach(), value / 10)
+    close(
+        kl_loss(logprobs, ref, mask, kind, denominator=StepCounts(10, 4), reduction="sequence_mean").detach(), value / 8
+    )
+    with pytest.raises(ValueError, match="k2 or k3"):
+        kl_loss(logprobs, ref, mask, "k1")  # pyright: ignore[reportArgumentType]
+
+
+def test_kl_loss_on_samples_has_the_gradient_of_the_exact_kl() -> None:
+    """The expectation over samples is taken exactly: every token of a small vocabulary, weighted by its probability."""
+    logits, ref = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    logits.requires_grad_()
+    policy, ref = logits.log_softmax(0), ref.log_softmax(0)
+    (exact,) = torch.autograd.grad((policy.exp() * (policy - ref)).sum(), logits, retain_graph=True)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    probabilities = policy.exp().detach()
+    for kind in ("k2", "k3"):
+        losses = [kl_loss(policy[i].view(1, 1), ref[i].view(1, 1), mask, kind) for i in range(6)]
+        expected = (probabilities * torch.stack(losses)).sum()
+        (gradient,) = torch.autograd.grad(expected, logits, retain_graph=True)
+        torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-12)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from(["token_mean", "sequence_mean", "fixed_length"]))
 @settings(max_examples=30, deadline=None)
 def test_micro_batches_add_up_to_the_step(seed: int, cut: int, reduction: str) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -248,7 +324,7 @@ def test_micro_batches_add_up_to_the_step(seed: int, cut: int, reduction: str) -
     mask[0, 0] = True
     order = torch.randperm(6, generator=generator)
     options = PolicyLossOptions(reduction=reduction)  # pyright: ignore[reportArgumentType]
-    counts = StepCounts(int(mask.sum()), int(mask.any(1).sum()))
+    counts = StepCounts(int(mask.sum()), int(mask.any(1).sum()), length=5)
 
     def both(rows: Tensor, denominator: StepCounts | None) -> list[Tensor]:
         loss, metrics = policy_loss(
@@ -317,38 +393,3 @@ def test_explained_variance_by_hand() -> None:
     close(explained_variance(returns, returns, mask), 1.0)
     close(explained_variance(torch.zeros_like(returns), returns, mask), 0.0)
     assert explained_variance(values, torch.ones_like(returns), mask).isnan()
-
-
-def test_adaptive_controller_by_hand() -> None:
-    controller = AdaptiveKLController(0.1, target=6.0, horizon=1000)
-    controller.update(60.0, 100)  # error clipped to +0.2: factor 1.02
-    assert controller.kl_coef == pytest.approx(0.102, rel=1e-12)
-    controller.update(-1.0, 50)  # clipped to -0.2: factor 0.99
-    assert controller.kl_coef == pytest.approx(0.10098, rel=1e-12)
-    controller.update(6.6, 10)  # error 0.1: factor 1.001
-    assert controller.kl_coef == pytest.approx(0.10098 * 1.001, rel=1e-12)
-    controller.update(6.0, 500)
-    assert controller.kl_coef == pytest.approx(0.10098 * 1.001, rel=1e-12)
-
-
-def test_controllers_resume_and_refuse_what_is_no_number() -> None:
-    adaptive = AdaptiveKLController(0.1, 6.0, 1000)
-    adaptive.update(9.0, 64)
-    resumed = AdaptiveKLController(0.1, 6.0, 1000)
-    resumed.load_state_dict(adaptive.state_dict())
-    for controller in (adaptive, resumed):
-        controller.update(3.0, 64)
-    assert adaptive.kl_coef == resumed.kl_coef != 0.1
-    fixed = FixedKLController(0.05)
-    fixed.update(100.0, 64)
-    assert fixed.kl_coef == 0.05
-    assert fixed.state_dict() == {"kl_coef": 0.05}
-    fixed.load_state_dict({"kl_coef": 0.07})
-    assert fixed.kl_coef == 0.07
-    with pytest.raises(ValueError, match="nan"):
-        adaptive.update(math.nan, 64)
-    for make in (lambda: FixedKLController(-0.1), lambda: AdaptiveKLController(0.1, 0.0, 10)):
-        with pytest.raises(ValueError, match=r"got"):
-            make()
-    with pytest.raises(ValueError, match="kl_coef"):
-        fixed.load_state_dict({"kl_coef": math.inf})

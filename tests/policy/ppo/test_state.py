@@ -9,34 +9,39 @@ import numpy
 import torch
 
 from pipeline.recipe import PpoSection
+from policy.ppo.controllers import AdaptiveKLController
 from policy.ppo.experience import Roles, make_experience
-from policy.ppo.maths import AdaptiveKLController
 from policy.ppo.stage import prompt_indices
-from policy.ppo.state import load_newest_state, save_state
-from policy.ppo.update import Learner, ppo_update
+from policy.ppo.state import Stateful, load_newest_state, save_state
+from policy.ppo.update import Learner, UpdateOptions, ppo_update
 from tests.policy.conftest import make_batch, make_roles
 
 PPO = PpoSection(rollout_batch_size=6, num_ppo_epochs=2, num_minibatches=2, learning_rate=1e-3, updates=4)
+
+
+def parts_of(roles: Roles, learner: Learner, controller: AdaptiveKLController) -> dict[str, Stateful]:
+    return {"policy": roles.policy, "critic": roles.critic, "learner": learner, "kl_controller": controller}
 
 
 def test_two_updates_equal_one_update_saved_restored_and_one_more(
     policy_dir: Path, reward_dir: Path, tmp_path: Path
 ) -> None:
     def one_more(roles: Roles, learner: Learner, controller: AdaptiveKLController) -> dict[str, float]:
-        metrics = ppo_update(roles, learner, make_experience(roles, make_batch(), PPO, controller.kl_coef), PPO)
+        experience = make_experience(roles, make_batch(), PPO, controller.kl_coef)
+        metrics = ppo_update(roles, learner, experience, UpdateOptions(PPO, 8))
         controller.update(9.0, 6)
         return metrics
 
     roles = make_roles(policy_dir, reward_dir)
     learner, controller = Learner.create(roles, PPO, 0), AdaptiveKLController(0.1, 6.0, 100.0)
     one_more(roles, learner, controller)
-    save_state(tmp_path / "state", 1, roles, learner, controller)
+    save_state(tmp_path / "state", 1, parts_of(roles, learner, controller))
     drawn = (torch.rand(1), numpy.random.rand(), random.random())
     expected = one_more(roles, learner, controller)
 
     fresh = make_roles(policy_dir, reward_dir)
     other, other_controller = Learner.create(fresh, PPO, 5), AdaptiveKLController(0.3, 6.0, 100.0)
-    assert load_newest_state(tmp_path / "state", fresh, other, other_controller) == 1
+    assert load_newest_state(tmp_path / "state", parts_of(fresh, other, other_controller)) == 1
     assert (torch.rand(1), numpy.random.rand(), random.random()) == drawn
     assert one_more(fresh, other, other_controller) == expected
     assert other_controller.kl_coef == controller.kl_coef
@@ -49,13 +54,14 @@ def test_newest_of_the_last_two_states_is_used_and_half_written_ones_are_not(
 ) -> None:
     roles = make_roles(policy_dir, reward_dir)
     learner, controller = Learner.create(roles, PPO, 0), AdaptiveKLController(0.1, 6.0, 100.0)
-    assert load_newest_state(tmp_path / "state", roles, learner, controller) is None
+    parts = parts_of(roles, learner, controller)
+    assert load_newest_state(tmp_path / "state", parts) is None
     for update in (5, 10, 15):
-        save_state(tmp_path / "state", update, roles, learner, controller)
+        save_state(tmp_path / "state", update, parts)
     (tmp_path / "state" / ".update_000020.tmp").write_bytes(b"cut off")
     names = sorted(file.name for file in (tmp_path / "state").glob("update_*"))
     assert names == ["update_000010.pt", "update_000015.pt"]
-    assert load_newest_state(tmp_path / "state", roles, learner, controller) == 15
+    assert load_newest_state(tmp_path / "state", parts) == 15
 
 
 def test_each_pass_uses_every_prompt_once_in_a_fresh_order() -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from pipeline.recipe import PpoSection
 from policy.ppo.experience import Experience, Roles, make_experience
-from policy.ppo.update import Learner, ppo_update
-from tests.policy.conftest import make_batch, make_roles
+from policy.ppo.update import Learner, UpdateOptions, ppo_update
+from tests.policy.conftest import VOCABULARY, make_batch, make_roles
 
 PPO = PpoSection(
     rollout_batch_size=6, num_ppo_epochs=2, num_minibatches=3, learning_rate=1e-3, critic_learning_rate=1e-3, updates=4
@@ -20,7 +21,7 @@ PPO = PpoSection(
 
 def _trained(roles: Roles, experience: Experience, ppo: PpoSection) -> tuple[dict[str, float], Learner]:
     learner = Learner.create(roles, ppo, seed=0)
-    return ppo_update(roles, learner, experience, ppo), learner
+    return ppo_update(roles, learner, experience, UpdateOptions(ppo, 8)), learner
 
 
 def test_every_minibatch_is_one_optimiser_step(policy_dir: Path, reward_dir: Path) -> None:
@@ -52,6 +53,130 @@ def test_result_does_not_depend_on_micro_batches_or_padding(
         assert torch.allclose(a, b, atol=2e-5), name
     for a, b in zip(whole.critic.parameters(), split.critic.parameters(), strict=True):
         assert torch.allclose(a, b, atol=2e-5)
+
+
+def gpt2_dirs(tmp_path: Path) -> tuple[Path, Path]:
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4, pad_token_id=0
+    )
+    config.num_labels = 1
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "policy")
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    return tmp_path / "policy", tmp_path / "reward"
+
+
+EVERY_TERM = PPO.model_copy(
+    update={
+        "num_minibatches": 1,
+        "cliprange_high": 0.3,
+        "dual_clip": 2.0,
+        "entropy_coef": 0.05,
+        "kl_loss_coef": 0.2,
+        "importance_level": "sequence",
+        "importance_high": 9.0,
+    }
+)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "fixed_length"])
+@pytest.mark.parametrize(
+    ("max_tokens", "padding", "order"),
+    [
+        (1, (0, 0), [0, 1, 2, 3, 4, 5]),
+        (16, (3, 2), [0, 1, 2, 3, 4, 5]),
+        (20, (0, 0), [4, 2, 5, 0, 1, 3]),
+    ],
+)
+def test_result_in_float64_is_the_same_for_any_micro_batch_padding_and_order(
+    tmp_path: Path, max_tokens: int, padding: tuple[int, int], order: list[int], reduction: str
+) -> None:
+    """All terms of both losses are on; the second epoch is off-policy. Llama's norms would compute in float32."""
+    policy_dir, reward_dir = gpt2_dirs(tmp_path)
+    ppo = EVERY_TERM.model_copy(update={"loss_reduction": reduction})
+
+    def weights(max_tokens: int, padding: tuple[int, int], order: list[int]) -> list[torch.Tensor]:
+        roles = make_roles(policy_dir, reward_dir)
+        experience = make_experience(roles, make_batch(), ppo, 0.1)
+        roles = replace(roles, max_tokens=max_tokens)
+        roles.policy.double()
+        roles.critic.double()
+        padded = make_batch(*padding)
+        wide = torch.nn.functional.pad
+        tensors = {
+            name: wide(value.double(), (0, padding[1]))[order] if value.ndim == 2 else value.double()[order]
+            for name, value in vars(experience).items()
+            if isinstance(value, torch.Tensor)
+        }
+        _trained(roles, Experience(batch=padded.select(order), **tensors), ppo)
+        return [p.detach() for p in (*roles.policy.parameters(), *roles.critic.parameters())]
+
+    expected = weights(10_000, (0, 0), [0, 1, 2, 3, 4, 5])
+    for got, one in zip(weights(max_tokens, padding, order), expected, strict=True):
+        torch.testing.assert_close(got, one, rtol=1e-10, atol=1e-10)
+
+
+def test_every_term_of_the_loss_moves_the_policy(policy_dir: Path, reward_dir: Path) -> None:
+    """One step in float64 with each term taken away: the weights differ."""
+
+    def after(**changes: object) -> torch.Tensor:
+        roles = make_roles(policy_dir, reward_dir)
+        with torch.no_grad():
+            roles.reference.lm_head.weight.mul_(0.7)
+        ppo = EVERY_TERM.model_copy(update=changes)
+        _trained(roles, make_experience(roles, make_batch(), ppo, 0.1), ppo)
+        return torch.cat([p.detach().flatten() for p in roles.policy.parameters()])
+
+    whole = after()
+    for key, off in {
+        "entropy_coef": 0.0,
+        "kl_loss_coef": 0.0,
+        "importance_level": "off",
+        "loss_reduction": "fixed_length",
+        "cliprange_high": 0.001,
+        "whiten_rewards": True,
+        "length_penalty": 0.7,
+        "kl_estimator": "k3",
+    }.items():
+        assert (after(**{key: off}) - whole).abs().max() > 1e-7, key
+
+
+def test_entropy_bonus_raises_entropy_and_kl_loss_lowers_the_kl(policy_dir: Path, reward_dir: Path) -> None:
+    def after(**changes: object) -> Experience:
+        roles = make_roles(policy_dir, reward_dir)
+        with torch.no_grad():
+            roles.reference.lm_head.weight.mul_(0.7)
+        ppo = PPO.model_copy(update=changes)
+        experience = make_experience(roles, make_batch(), ppo, 0.0)
+        _trained(roles, replace(experience, advantages=torch.zeros_like(experience.advantages)), ppo)
+        return make_experience(roles, make_batch(), ppo, 0.0)
+
+    mask = make_batch().response_mask
+    plain = after()
+    assert after(entropy_coef=1.0).entropy[mask].mean() > plain.entropy[mask].mean() + 1e-3
+    assert after(kl_loss_coef=1.0).kl[mask].square().mean() < plain.kl[mask].square().mean() - 1e-3
+
+
+def test_warm_up_trains_the_critic_alone(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    before = [p.detach().clone() for p in roles.policy.parameters()]
+    critic = [p.detach().clone() for p in roles.critic.parameters()]
+    experience = make_experience(roles, make_batch(), PPO, 0.1)
+    ppo_update(roles, Learner.create(roles, PPO, 0), experience, UpdateOptions(PPO, 8, train_policy=False))
+    assert all(torch.equal(a, b) for a, b in zip(before, roles.policy.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(critic, roles.critic.parameters(), strict=True))
+
+
+def test_target_kl_ends_an_update_before_the_step_that_exceeds_it(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    experience = make_experience(roles, make_batch(), PPO, 0.1)
+    ppo = PPO.model_copy(update={"target_kl": 1e-12, "num_minibatches": 1})
+    metrics, learner = _trained(roles, experience, ppo)
+    assert metrics["policy/steps"] == 1
+    assert {int(state["step"]) for state in learner.policy_optimizer.state.values()} == {1}
+    again = make_roles(policy_dir, reward_dir)
+    far, _ = _trained(again, experience, PPO.model_copy(update={"target_kl": 1e3}))
+    assert far["policy/steps"] == 6
 
 
 def test_log_probs_move_with_the_advantages_and_values_towards_returns(policy_dir: Path, reward_dir: Path) -> None:
