@@ -13,6 +13,7 @@ import torch
 
 from pipeline.artifacts import sync_directory
 from policy.ppo.experience import Roles
+from policy.ppo.health import Health
 from policy.ppo.maths import FixedKLController
 from policy.ppo.update import Learner
 
@@ -20,8 +21,10 @@ KEPT = 2
 _NAME = re.compile(r"update_(\d+)\.pt")
 
 
-def save_state(directory: Path, update: int, roles: Roles, learner: Learner, controller: FixedKLController) -> None:
-    """Writes `update_<n>.pt` after `update` updates: weights, optimisers, schedules, RNGs, KL controller.
+def save_state(
+    directory: Path, update: int, roles: Roles, learner: Learner, controller: FixedKLController, health: Health
+) -> None:
+    """Writes `update_<n>.pt` after `update` updates: weights, optimisers, schedules, RNGs, KL controller, health.
 
     Data order and sampling seeds are functions of the update number, so it is the data position too. The last
     two states are kept.
@@ -34,6 +37,7 @@ def save_state(directory: Path, update: int, roles: Roles, learner: Learner, con
         "critic": roles.critic.state_dict(),
         "learner": learner.state_dict(),
         "kl_controller": controller.state_dict(),
+        "health": health.state_dict(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy_rng": {
@@ -56,7 +60,9 @@ def save_state(directory: Path, update: int, roles: Roles, learner: Learner, con
         old.unlink()
 
 
-def load_newest_state(directory: Path, roles: Roles, learner: Learner, controller: FixedKLController) -> int | None:
+def load_newest_state(
+    directory: Path, roles: Roles, learner: Learner, controller: FixedKLController, health: Health
+) -> int | None:
     """Restores the newest state in place; returns its update number, or None when there is none."""
     states = _states(directory)
     if not states:
@@ -66,6 +72,7 @@ def load_newest_state(directory: Path, roles: Roles, learner: Learner, controlle
     roles.critic.load_state_dict(state["critic"])
     learner.load_state_dict(state["learner"])
     controller.load_state_dict(state["kl_controller"])
+    health.load_state_dict(state["health"])
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,19 +15,28 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.recipe import PpoSection
 from policy.models import response_scores
-from policy.ppo.experience import Experience, Roles, micro_batches
+from policy.ppo.experience import Experience, Roles, micro_batches, unsound_rows
 from policy.ppo.maths import PolicyLossOptions, policy_loss, value_loss
+
+MUST_BE_FINITE = ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "val/grad_norm")
 
 
 @dataclass
 class Learner:
-    """Optimisers and schedules of policy and critic, and the generator that shuffles minibatches."""
+    """Optimisers and schedules of policy and critic, and the generator that shuffles minibatches.
+
+    Attributes:
+        skipped_steps: steps of the run that were not taken because a loss or gradient was not finite.
+        skipped_rows: rows of the rollout batch that did it, for each skipped step of the current update.
+    """
 
     policy_optimizer: AdamW
     critic_optimizer: AdamW
     policy_schedule: LambdaLR
     critic_schedule: LambdaLR
     generator: torch.Generator
+    skipped_steps: int = 0
+    skipped_rows: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def create(cls, roles: Roles, ppo: PpoSection, seed: int) -> Learner:
@@ -53,6 +63,7 @@ class Learner:
             "policy_schedule": self.policy_schedule.state_dict(),
             "critic_schedule": self.critic_schedule.state_dict(),
             "generator": self.generator.get_state(),
+            "skipped_steps": self.skipped_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -62,16 +73,19 @@ class Learner:
         self.policy_schedule.load_state_dict(state["policy_schedule"])
         self.critic_schedule.load_state_dict(state["critic_schedule"])
         self.generator.set_state(state["generator"])
+        self.skipped_steps = state["skipped_steps"]
 
 
 def ppo_update(roles: Roles, learner: Learner, experience: Experience, ppo: PpoSection) -> dict[str, float]:
     """num_ppo_epochs passes of num_minibatches optimiser steps each; returns means over the steps.
 
     Denominators are token counts of the whole optimiser step, so that the split into micro-batches never shows in
-    the result. `val/ratio_first` is the mean ratio of the first minibatch, which must be 1.
+    the result. `val/ratio_first` is the mean ratio of the first minibatch, which must be 1, and
+    `policy/approxkl_first` its approximate KL, which must be 0.
     """
     totals: dict[str, float] = defaultdict(float)
-    ratio_first = None
+    first: dict[str, float] = {}
+    learner.skipped_rows = []
     size = ppo.rollout_batch_size // ppo.num_minibatches
     steps = ppo.num_ppo_epochs * ppo.num_minibatches
     roles.policy.train()
@@ -80,20 +94,20 @@ def ppo_update(roles: Roles, learner: Learner, experience: Experience, ppo: PpoS
         order = torch.randperm(experience.scores.shape[0], generator=learner.generator)
         for rows in order.split(size):
             step = _optimiser_step(roles, learner, experience, rows.tolist(), ppo)
-            ratio_first = step["val/ratio"] if ratio_first is None else ratio_first
+            first = first or step
             for key, value in step.items():
                 totals[key] += value / steps
     learner.policy_schedule.step()
     learner.critic_schedule.step()
     roles.policy.eval()
     roles.critic.eval()
-    return {**totals, "val/ratio_first": ratio_first or 0.0}
+    return {**totals, "val/ratio_first": first["val/ratio"], "policy/approxkl_first": first["policy/approxkl_avg"]}
 
 
 def _optimiser_step(
     roles: Roles, learner: Learner, experience: Experience, rows: list[int], ppo: PpoSection
 ) -> dict[str, float]:
-    """One step of both optimisers over the sequences `rows`."""
+    """One step of both optimisers over the sequences `rows`; of neither where a loss or gradient is not finite."""
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=roles.device))
     minibatch = experience.batch.select(rows)
     denominator = float(minibatch.response_mask.sum())
@@ -107,9 +121,14 @@ def _optimiser_step(
         "policy/grad_norm": nn.utils.clip_grad_norm_(roles.policy.parameters(), ppo.max_grad_norm),
         "val/grad_norm": nn.utils.clip_grad_norm_(roles.critic.parameters(), ppo.max_grad_norm),
     }
-    learner.critic_optimizer.step()
-    learner.policy_optimizer.step()
-    return {key: float(value) for key, value in {**metrics, **norms}.items()}
+    step = {key: float(value) for key, value in {**metrics, **norms}.items()}
+    if all(math.isfinite(step[key]) for key in MUST_BE_FINITE):
+        learner.critic_optimizer.step()
+        learner.policy_optimizer.step()
+    else:
+        learner.skipped_steps += 1
+        learner.skipped_rows.append(unsound_rows(roles, experience, rows))
+    return step
 
 
 def _micro_batch(
