@@ -44,7 +44,8 @@ UNEXPLAINED = 5
 updates in a row after those, since a critic near 0 falls below it by chance every other time."""
 EOS_RATE = 0.01
 EMPTY_LENGTH = 1.1
-"""Mean response tokens, EOS included: 1 is a response of nothing but its EOS."""
+ENDED_RATE = 0.5
+"""Mean response tokens, EOS included, and share of responses with one: 1 is a response of nothing but its EOS."""
 ENTROPY_SHARE = 0.25
 """Of the first updates' entropy; the demo's policy, whose score rises by 2.4 standard deviations, keeps 0.6."""
 LENGTH_FACTOR = 2.0
@@ -236,7 +237,7 @@ def all_truncated(history: History, ppo: PpoSection) -> Finding | None:
 
 def all_empty(history: History, ppo: PpoSection) -> Finding | None:
     """The policy answers with its EOS alone."""
-    if not history.lasts(lambda row: row["response/length"] <= EMPTY_LENGTH):
+    if not history.lasts(lambda row: row["response/length"] <= EMPTY_LENGTH and row["response/eos_rate"] >= ENDED_RATE):
         return None
     return Finding(
         f"responses have {history.lately('response/length'):.2f} tokens on average, EOS included, in the last "

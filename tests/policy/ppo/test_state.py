@@ -10,6 +10,7 @@ import torch
 
 from pipeline.recipe import PpoSection
 from policy.ppo.experience import Roles, make_experience
+from policy.ppo.health import Health
 from policy.ppo.maths import AdaptiveKLController
 from policy.ppo.stage import prompt_indices
 from policy.ppo.state import load_newest_state, save_state
@@ -30,15 +31,17 @@ def test_two_updates_equal_one_update_saved_restored_and_one_more(
     roles = make_roles(policy_dir, reward_dir)
     learner, controller = Learner.create(roles, PPO, 0), AdaptiveKLController(0.1, 6.0, 100.0)
     one_more(roles, learner, controller)
-    save_state(tmp_path / "state", 1, roles, learner, controller)
+    learner.skipped_steps = 2
+    save_state(tmp_path / "state", 1, roles, learner, controller, Health(PPO))
     drawn = (torch.rand(1), numpy.random.rand(), random.random())
     expected = one_more(roles, learner, controller)
 
     fresh = make_roles(policy_dir, reward_dir)
     other, other_controller = Learner.create(fresh, PPO, 5), AdaptiveKLController(0.3, 6.0, 100.0)
-    assert load_newest_state(tmp_path / "state", fresh, other, other_controller) == 1
+    assert load_newest_state(tmp_path / "state", fresh, other, other_controller, Health(PPO)) == 1
     assert (torch.rand(1), numpy.random.rand(), random.random()) == drawn
     assert one_more(fresh, other, other_controller) == expected
+    assert other.skipped_steps == 2
     assert other_controller.kl_coef == controller.kl_coef
     for a, b in zip(roles.policy.parameters(), fresh.policy.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -49,13 +52,14 @@ def test_newest_of_the_last_two_states_is_used_and_half_written_ones_are_not(
 ) -> None:
     roles = make_roles(policy_dir, reward_dir)
     learner, controller = Learner.create(roles, PPO, 0), AdaptiveKLController(0.1, 6.0, 100.0)
-    assert load_newest_state(tmp_path / "state", roles, learner, controller) is None
+    health = Health(PPO)
+    assert load_newest_state(tmp_path / "state", roles, learner, controller, health) is None
     for update in (5, 10, 15):
-        save_state(tmp_path / "state", update, roles, learner, controller)
+        save_state(tmp_path / "state", update, roles, learner, controller, health)
     (tmp_path / "state" / ".update_000020.tmp").write_bytes(b"cut off")
     names = sorted(file.name for file in (tmp_path / "state").glob("update_*"))
     assert names == ["update_000010.pt", "update_000015.pt"]
-    assert load_newest_state(tmp_path / "state", roles, learner, controller) == 15
+    assert load_newest_state(tmp_path / "state", roles, learner, controller, health) == 15
 
 
 def test_each_pass_uses_every_prompt_once_in_a_fresh_order() -> None:
