@@ -16,7 +16,7 @@ from policy.models import load_policy
 from policy.ppo.experience import Roles, engine_gap, experience_metrics, make_experience
 from policy.ppo.health import WINDOW, Health, Verdict
 from policy.ppo.update import Learner, ppo_update
-from reward_model.score import Normalisation, right_pad
+from reward_model.score import Normalisation, backbone_and_head, right_pad
 from rollout.batch import RolloutBatch
 from rollout.engine import EngineOptions, SamplingOptions
 from rollout.hf_engine import TransformersEngine
@@ -95,14 +95,14 @@ def _names(health: Health) -> set[str]:
     return {verdict.name for verdict in health.verdicts}
 
 
-def _policy_of_answers(directory: Path, shortest: int, steps: int) -> Path:
-    """A policy fine-tuned to answer with `shortest` to `shortest + 3` random tokens and EOS."""
+def _policy_of_answers(directory: Path, ends: list[int]) -> Path:
+    """A policy fine-tuned on answers of one to four random tokens and `ends`."""
     torch.manual_seed(7)
     model = LlamaForCausalLM(tiny_config())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(steps):
+    for step in range(60):
         torch.manual_seed(step)
-        rows = [[*PROMPTS[i % 6], *torch.randint(3, VOCABULARY, (shortest + i % 4,)).tolist(), EOS] for i in range(24)]
+        rows = [[*PROMPTS[i % 6], *torch.randint(3, VOCABULARY, (1 + i % 4,)).tolist(), *ends] for i in range(24)]
         ids, mask = right_pad(rows)
         optimizer.zero_grad()
         model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
@@ -173,21 +173,22 @@ def test_a_tiny_learning_rate_shows_as_no_clipping_and_the_policy_of_the_start(p
 
 def test_a_critic_that_never_learns_explains_less_than_nothing(policy_dir: Path, roles: Roles) -> None:
     with torch.no_grad():
-        roles.critic.model.score.weight.mul_(-2.0)
+        backbone_and_head(roles.critic.model)[1].weight.mul_(-2.0)
     ppo = PPO.model_copy(update={"critic_learning_rate": 1e-9, "lam": 1.0})
     health = _train(policy_dir, roles, 15, ppo=ppo)
     assert [v.update for v in health.verdicts if v.name == "explained_variance"] == [15]
 
 
 def test_a_reward_for_length_shows_as_length_hacking(tmp_path: Path) -> None:
-    policy_dir = _policy_of_answers(tmp_path / "policy", shortest=1, steps=60)
+    policy_dir = _policy_of_answers(tmp_path / "policy", ends=[EOS])
     roles = make_roles(policy_dir, _reward_model_of_length(tmp_path / "long", 1.0))
     assert _names(_train(policy_dir, roles, 12, kl_coef=0.0)) == {"length_hacking"}
 
 
-def test_a_limit_below_the_shortest_answer_truncates_all(tmp_path: Path, reward_dir: Path) -> None:
-    policy_dir = _policy_of_answers(tmp_path / "policy", shortest=4, steps=150)
-    health = _train(policy_dir, make_roles(policy_dir, reward_dir), 3, longest=1)
+def test_demonstrations_without_eos_end_in_truncated_responses(tmp_path: Path, reward_dir: Path) -> None:
+    policy_dir = _policy_of_answers(tmp_path / "policy", ends=[])
+    ppo = PPO.model_copy(update={"learning_rate": 1e-5})
+    health = _train(policy_dir, make_roles(policy_dir, reward_dir), 3, ppo=ppo, longest=1)
     assert "all_truncated" in _names(health)
     assert "all_empty" not in _names(health)
 

@@ -11,6 +11,7 @@ import torch
 from pipeline.recipe import PpoSection
 from policy.ppo.experience import Experience, Roles, make_experience
 from policy.ppo.update import Learner, ppo_update
+from reward_model.score import backbone_and_head
 from tests.policy.conftest import make_batch, make_roles
 
 PPO = PpoSection(
@@ -110,7 +111,7 @@ def test_a_gradient_that_overflows_under_a_finite_loss_names_its_minibatch(polic
     experience = make_experience(roles, make_batch(), ppo, 0.1)
     huge = replace(experience, returns=experience.returns + 1e18 * experience.batch.response_mask)
     with torch.no_grad():
-        roles.critic.model.score.weight.mul_(1e3)
+        backbone_and_head(roles.critic.model)[1].weight.mul_(1e3)
     metrics, learner = _trained(roles, huge, ppo)
     assert metrics["loss/value_avg"] < 1e38
     assert metrics["val/grad_norm"] == float("inf")
