@@ -84,6 +84,11 @@ class Tracker:
         if self._run is not None:
             self._run.summary.update(dict(values))
 
+    def alert(self, title: str, text: str) -> None:
+        """Sends an alert through W&B, which mails it or posts it as its user has set."""
+        if self._run is not None:
+            self._run.alert(title=title, text=text)
+
     def close(self, *, failed: bool = False) -> None:
         """Ends the W&B run."""
         if self._run is not None:

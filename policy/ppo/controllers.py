@@ -81,8 +81,13 @@ class RunningScale:
         return math.sqrt(self._squares / self._count) if self._squares > 0 else 1.0
 
     def scale(self, scores: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Take these scores [B] in and return them divided by the standard deviation of all so far."""
-        new = scores.double()
+        """Take these scores [B] in and return them divided by the standard deviation of all so far.
+
+        Scores that are not finite are returned as they are and not taken in.
+        """
+        new = scores.double()[scores.isfinite()]
+        if not len(new):
+            return scores
         count, shift = len(new), float(new.mean()) - self._mean
         total = self._count + count
         self._squares += float((new - new.mean()).square().sum()) + shift**2 * self._count * count / total

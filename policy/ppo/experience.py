@@ -16,6 +16,7 @@ from policy.models import ValueModel, response_scores
 from policy.ppo.controllers import RunningScale
 from policy.ppo.maths import (
     ImportanceOptions,
+    explained_variance,
     gae,
     importance_weights,
     length_penalty,
@@ -23,7 +24,7 @@ from policy.ppo.maths import (
     normalise_scores,
     token_rewards,
 )
-from policy.tensors import masked_whiten
+from policy.tensors import masked_mean, masked_var, masked_whiten
 from reward_model.score import Normalisation, score_responses, token_batches
 from rollout.batch import RolloutBatch
 
@@ -176,6 +177,48 @@ def raw_scores(roles: Roles, batch: RolloutBatch) -> Tensor:
     with roles.autocast():
         scores = score_responses(roles.reward_model, prompts, responses, max_tokens=roles.max_tokens)
     return scores.to(roles.device)
+
+
+def experience_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:
+    """What an update's experience says, under the names of trl's PPOTrainer; all means are masked.
+
+    `objective/kl_error` is the standard error of `objective/kl`, NaN for a single sequence.
+    """
+    mask = experience.batch.response_mask
+    rows = mask.shape[0]
+    kl_sums = experience.kl.sum(1)
+    kl, scores = kl_sums.mean().item(), experience.shaped_scores.mean().item()
+    return {
+        "objective/scores": scores,
+        "objective/raw_scores": experience.scores.mean().item(),
+        "objective/kl": kl,
+        "objective/kl_error": ((kl_sums - kl).square().sum() / (rows * (rows - 1))).sqrt().item(),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": scores - kl_coef * kl,
+        "objective/entropy": float(-(experience.old_logprobs * mask).sum(1).mean()),
+        "objective/kl_coef": kl_coef,
+        "policy/entropy_avg": masked_mean(experience.entropy, mask).item(),
+        "val/explained_variance": explained_variance(experience.values, experience.returns, mask).item(),
+        "val/returns_std": masked_var(experience.returns, mask).sqrt().item(),
+        "response/length": mask.sum(1).float().mean().item(),
+        "response/eos_rate": experience.batch.finished.float().mean().item(),
+    }
+
+
+def unsound_rows(roles: Roles, experience: Experience, rows: list[int]) -> list[int]:
+    """The rows behind a loss or gradient that is not finite over the minibatch `rows`, as far as they can be told.
+
+    A row of the whole rollout batch whose score, value or log-probability is not finite spoils every advantage
+    through whitening. Otherwise rows of the minibatch that the current policy or critic cannot evaluate; otherwise,
+    where only a gradient overflowed, all of `rows`.
+    """
+    told = (experience.old_logprobs, experience.ref_logprobs, experience.values, experience.scores.unsqueeze(1))
+    sound = torch.stack([tensor.isfinite().all(1) for tensor in told]).all(0)
+    if sound.all():
+        part = experience.batch.select(rows)
+        logprobs, _ = policy_logprobs(roles, roles.policy, part, with_entropy=False)
+        sound[rows] = (logprobs + critic_values(roles, part)).isfinite().all(1)
+    return (~sound).nonzero().flatten().tolist() or sorted(rows)
 
 
 def micro_batches(batch: RolloutBatch, max_tokens: int) -> list[list[int]]:

@@ -6,11 +6,12 @@ push the new weights into the rollout engine. `python -m policy.ppo.stage runs/<
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,22 @@ from pipeline.evaluation.judges import load_judges
 from pipeline.evaluation.summary import summarise
 from pipeline.recipe import Recipe
 from pipeline.stage import Stage, stage_main
-from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts, load_tokenizer, tokenizer_sha256
+from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts, load_tokenizer
 from policy.models import cast, check_projection, disable_dropout, load_policy, load_value_model, save_model
 from policy.ppo.controllers import AdaptiveKLController, FixedKLController, RunningScale
-from policy.ppo.experience import Experience, Roles, check_engine, make_experience
+from policy.ppo.experience import Experience, Roles, check_engine, experience_metrics, make_experience
+from policy.ppo.gate import admit, batch_arithmetic
+from policy.ppo.health import Health, Verdict
 from policy.ppo.held_out import HeldOut, load_report, report_metrics, save_report
-from policy.ppo.maths import explained_variance
 from policy.ppo.state import Stateful, load_newest_state, save_state
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
-from policy.tensors import masked_mean
-from reward_model.score import load_reward_model, read_normalisation
+from reward_model.score import load_reward_model
 from rollout.batch import RolloutBatch
 from rollout.engine import RolloutEngine, SamplingOptions
 from rollout.open import open_engine
 
+NAMED_ROWS = 4
+"""Rows of a skipped optimiser step that are named in the log."""
 SHOWN = ("objective/scores", "objective/kl", "policy/entropy_avg", "response/length", "response/eos_rate")
 
 
@@ -54,6 +57,7 @@ class Run:
     encoder: Encoder
     prompts: list[EncodedPrompt]
     held_out: HeldOut
+    health: Health
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -69,6 +73,7 @@ class Run:
             "critic": self.roles.critic,
             "learner": self.learner,
             "kl_controller": self.controller,
+            "health": self.health,
         }
         return parts if self.scale is None else {**parts, "score_scale": self.scale}
 
@@ -105,16 +110,19 @@ def run(stage: Stage) -> dict[str, Any]:
                     ppo, stage.recipe.data.max_response_tokens, train_policy=update > ppo.critic_warmup_updates
                 )
                 losses = ppo_update(training.roles, training.learner, experience, options)
+            say_skipped(training, update, experience.batch)
             with training.timed("sync"):
                 training.engine.load_weights(training.roles.policy.state_dict().items())
             metrics = summarise_update(training, experience, losses, gap)
-            training.controller.update(metrics["objective/kl"], ppo.rollout_batch_size)
+            if math.isfinite(metrics["objective/kl"]):
+                training.controller.update(metrics["objective/kl"], ppo.rollout_batch_size)
             stage.tracker.log(update, metrics)
             progress.update(update, {key.rpartition("/")[2]: metrics[key] for key in SHOWN})
             if update % ppo.eval_every == 0 or update == ppo.updates:
                 evaluate(training, update)
+            diagnose(training, update, metrics)
             if update % ppo.save_every == 0 and update < ppo.updates:
-                save_state(stage.state, update, training.parts)
+                save(training, update)
     return finish(training)
 
 
@@ -125,14 +133,8 @@ def set_up(stage: Stage) -> Run:
         raise UserError("the ppo stage runs in one process.", mend="Start it with `tristage ppo`.")
     policy_input, reward_input = stage.inputs["policy"], stage.inputs["reward_model"]
     tokenizer = load_tokenizer(policy_input.path, recipe.model)
-    if tokenizer_sha256(tokenizer) != reward_input.manifest.get("tokenizer_sha256"):
-        raise UserError(
-            f"the reward model {reward_input.path} was trained with another tokenizer than the policy "
-            f"{policy_input.path}; token ids would mean different text to the two.",
-            mend="Train the reward model from this policy's SFT checkpoint, or set ppo.policy to its own.",
-        )
     stage.record_tokenizer(tokenizer)
-    normalisation = read_normalisation(reward_input)
+    normalisation = admit(reward_input, policy_input, tokenizer, force=ppo.force, say=stage.say)
     judges = load_judges(recipe.eval)
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     train, held_out = _prompts(stage, encoder)
@@ -174,6 +176,7 @@ def set_up(stage: Stage) -> Run:
         encoder=encoder,
         prompts=train,
         held_out=HeldOut(held_out, encoder, judges, recipe),
+        health=Health(ppo),
     )
 
 
@@ -214,31 +217,56 @@ def summarise_update(
     training: Run, experience: Experience, losses: dict[str, float], gap: tuple[float, float]
 ) -> dict[str, float]:
     """The update's row of metrics.jsonl, under the names of trl's PPOTrainer; all means are masked."""
-    mask = experience.batch.response_mask
-    lengths = mask.sum(1).float()
-    kl = experience.kl.sum(1).mean().item()
-    scores = experience.shaped_scores.mean().item()
-    penalty = training.controller.kl_coef * kl
+    tokens = experience.batch.response_mask.sum().item()
     seconds = {f"time/{phase}": value for phase, value in training.seconds.items()}
     return {
-        "objective/scores": scores,
-        "objective/raw_scores": experience.scores.mean().item(),
-        "objective/kl": kl,
-        "objective/non_score_reward": -penalty,
-        "objective/rlhf_reward": scores - penalty,
-        "objective/entropy": float(-(experience.old_logprobs * mask).sum(1).mean()),
-        "objective/kl_coef": training.controller.kl_coef,
-        "policy/entropy_avg": masked_mean(experience.entropy, mask).item(),
+        **experience_metrics(experience, training.controller.kl_coef),
         **losses,
-        "val/explained_variance": explained_variance(experience.values, experience.returns, mask).item(),
-        "response/length": lengths.mean().item(),
-        "response/eos_rate": experience.batch.finished.float().mean().item(),
+        "policy/skipped_steps": float(training.learner.skipped_steps),
         "rollout/max_logprob_gap": gap[0],
         "rollout/mean_probability_gap": gap[1],
         "lr/policy": float(training.learner.policy_schedule.get_last_lr()[0]),
-        "time/rollout_tokens_per_second": lengths.sum().item() / training.seconds["rollout"],
+        "time/rollout_tokens_per_second": tokens / training.seconds["rollout"],
         **seconds,
     }
+
+
+def say_skipped(training: Run, update: int, batch: RolloutBatch) -> None:
+    """Names the rows of each optimiser step that was skipped, with the start of the first one's prompt."""
+    for rows in training.learner.skipped_rows:
+        prompt = training.encoder.decode(batch.prompt_ids[rows[0]][batch.prompt_mask[rows[0]]].tolist())
+        named = ", ".join(map(str, rows[:NAMED_ROWS])) + (" ..." if len(rows) > NAMED_ROWS else "")
+        training.stage.say(
+            f"update {update}: a loss or gradient was not finite, the optimiser step was skipped; {len(rows)} of "
+            f"{len(batch)} rows did it: {named}; prompt of row {rows[0]}: {prompt[:80]!r}"
+        )
+
+
+def diagnose(training: Run, update: int, metrics: dict[str, float]) -> None:
+    """Says what is wrong with the run; a verdict that stops it saves the state first.
+
+    Errors:
+        UserError: such a verdict.
+    """
+    for verdict in training.health.check(update, metrics):
+        announce(training.stage, verdict)
+        if verdict.severity == "stop":
+            save(training, update)
+            raise UserError(
+                f"update {update}: {verdict.cause} The state after this update lies in {training.stage.state}.",
+                mend=verdict.mend,
+            )
+
+
+def announce(stage: Stage, verdict: Verdict) -> None:
+    """A verdict into the log and to W&B."""
+    stage.say(str(verdict))
+    stage.tracker.alert(f"{stage.recipe.name}: {verdict.name}", str(verdict))
+
+
+def save(training: Run, update: int) -> None:
+    """Writes everything that an exact resume after `update` needs."""
+    save_state(training.stage.state, update, training.parts)
 
 
 def evaluate(training: Run, update: int) -> None:
@@ -256,6 +284,9 @@ def evaluate(training: Run, update: int) -> None:
 def finish(training: Run) -> dict[str, Any]:
     """Saves policy and critic, compares with SFT, prints and writes the summary; returns the final metrics."""
     stage, recipe = training.stage, training.recipe
+    for verdict in training.health.finish(recipe.ppo.updates):
+        announce(stage, verdict)
+    stage.record(health=[asdict(verdict) for verdict in training.health.verdicts])
     before, after = load_report(stage.out, 0), load_report(stage.out, recipe.ppo.updates)
     dtype = recipe.model.dtype
     save_model(cast(training.roles.policy, dtype), training.encoder.tokenizer, stage.out)
@@ -306,11 +337,7 @@ def _say_arithmetic(stage: Stage, roles: Roles, engine: RolloutEngine) -> None:
     stage.say(
         f"critic starts from the reward model, its head {'kept' if ppo.critic_head == 'reward_model' else 'zero'}"
     )
-    stage.say(
-        f"1 update = {ppo.rollout_batch_size} sequences, {ppo.num_ppo_epochs} epochs x {ppo.num_minibatches} "
-        f"minibatches = {ppo.num_ppo_epochs * ppo.num_minibatches} optimiser steps of "
-        f"{ppo.rollout_batch_size // ppo.num_minibatches} sequences"
-    )
+    stage.say(batch_arithmetic(ppo))
 
 
 if __name__ == "__main__":

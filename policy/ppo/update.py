@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,20 +15,29 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.recipe import PpoSection
 from policy.models import response_scores
-from policy.ppo.experience import Experience, Roles, micro_batches
+from policy.ppo.experience import Experience, Roles, micro_batches, unsound_rows
 from policy.ppo.maths import PolicyLossOptions, StepCounts, kl_loss, policy_loss, value_loss
 from policy.tensors import masked_reduce
+
+MUST_BE_FINITE = ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "val/grad_norm")
 
 
 @dataclass
 class Learner:
-    """Optimisers and schedules of policy and critic, and the generator that shuffles minibatches."""
+    """Optimisers and schedules of policy and critic, and the generator that shuffles minibatches.
+
+    Attributes:
+        skipped_steps: steps of the run that were not taken because a loss or gradient was not finite.
+        skipped_rows: rows of the rollout batch that did it, for each skipped step of the current update.
+    """
 
     policy_optimizer: AdamW
     critic_optimizer: AdamW
     policy_schedule: LambdaLR
     critic_schedule: LambdaLR
     generator: torch.Generator
+    skipped_steps: int = 0
+    skipped_rows: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def create(cls, roles: Roles, ppo: PpoSection, seed: int) -> Learner:
@@ -59,6 +69,7 @@ class Learner:
             "policy_schedule": self.policy_schedule.state_dict(),
             "critic_schedule": self.critic_schedule.state_dict(),
             "generator": self.generator.get_state(),
+            "skipped_steps": self.skipped_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -68,6 +79,7 @@ class Learner:
         self.policy_schedule.load_state_dict(state["policy_schedule"])
         self.critic_schedule.load_state_dict(state["critic_schedule"])
         self.generator.set_state(state["generator"])
+        self.skipped_steps = state["skipped_steps"]
 
 
 @dataclass(frozen=True)
@@ -89,9 +101,11 @@ def ppo_update(roles: Roles, learner: Learner, experience: Experience, options: 
 
     Denominators are counts of the whole optimiser step, so that the split into micro-batches never shows in the
     result. The first step whose approximate KL exceeds `ppo.target_kl`, and all after it, are left out
-    (`policy/steps` counts those taken). `val/ratio_first` is the mean ratio of the first minibatch, which must be 1.
+    (`policy/steps` counts those before it). `val/ratio_first` is the mean ratio of the first minibatch, which must
+    be 1, and `policy/approxkl_first` its approximate KL, which must be 0.
     """
     ppo = options.ppo
+    learner.skipped_rows = []
     taken: list[dict[str, float]] = []
     size = ppo.rollout_batch_size // ppo.num_minibatches
     roles.policy.train()
@@ -107,7 +121,12 @@ def ppo_update(roles: Roles, learner: Learner, experience: Experience, options: 
     roles.policy.eval()
     roles.critic.eval()
     means = {key: sum(step[key] for step in taken) / len(taken) for key in taken[0]}
-    return {**means, "val/ratio_first": taken[0]["val/ratio"], "policy/steps": float(len(taken))}
+    return {
+        **means,
+        "val/ratio_first": taken[0]["val/ratio"],
+        "policy/approxkl_first": taken[0]["policy/approxkl_avg"],
+        "policy/steps": float(len(taken)),
+    }
 
 
 def _minibatches(rows: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -119,7 +138,10 @@ def _minibatches(rows: int, size: int, epochs: int, generator: torch.Generator) 
 def _optimiser_step(
     roles: Roles, learner: Learner, experience: Experience, rows: list[int], options: UpdateOptions
 ) -> dict[str, float] | None:
-    """One step of both optimisers over the sequences `rows`; None, and no step, past `target_kl`."""
+    """One step of both optimisers over the sequences `rows`; None, and no step, past `target_kl`.
+
+    Where a loss or gradient is not finite neither optimiser moves, and the learner notes the rows.
+    """
     ppo = options.ppo
     metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=roles.device))
     minibatch = experience.batch.select(rows)
@@ -140,10 +162,15 @@ def _optimiser_step(
         "policy/grad_norm": nn.utils.clip_grad_norm_(roles.policy.parameters(), ppo.max_grad_norm),
         "val/grad_norm": nn.utils.clip_grad_norm_(roles.critic.parameters(), ppo.max_grad_norm),
     }
+    step = {key: float(value) for key, value in {**metrics, **norms}.items()}
+    if not all(math.isfinite(step[key]) for key in MUST_BE_FINITE):
+        learner.skipped_steps += 1
+        learner.skipped_rows.append(unsound_rows(roles, experience, rows))
+        return step
     learner.critic_optimizer.step()
     if options.train_policy:
         learner.policy_optimizer.step()
-    return {key: float(value) for key, value in {**metrics, **norms}.items()}
+    return step
 
 
 def _micro_batch(

@@ -98,6 +98,7 @@ def assert_same_ppo(place: Workplace, expected: Workplace) -> None:
         k: v for k, v in theirs["files"].items() if k not in timed
     }
     assert ours["metrics"] == theirs["metrics"]
+    assert ours["health"] == theirs["health"]
 
 
 def test_ppo_interrupted_and_killed_ends_as_if_it_had_not_been(

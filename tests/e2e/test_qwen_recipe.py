@@ -23,6 +23,7 @@ SHORT = {
     "rm.trainer.max_steps": 2,
     "rm.normalisation_samples": 8,
     "ppo.updates": 2,
+    "ppo.force": "true",
     "ppo.rollout_batch_size": 8,
     "eval.prompts": 4,
     "data.max_response_tokens": 24,

@@ -245,6 +245,12 @@ CASES = {
         ("runs/tiny/rm", "another tokenizer"),
         stage=True,
     ),
+    "reward model that guesses": Case(
+        change_json("runs/tiny/rm/manifest.json", metrics={"eval/accuracy": 0.5}),
+        PPO,
+        ("runs/tiny/rm", "held-out accuracy", "--ppo.force true"),
+        stage=True,
+    ),
     "reward model without normalisation": Case(
         change_json("runs/tiny/rm/manifest.json", normalisation=None),
         PPO,

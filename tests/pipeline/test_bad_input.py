@@ -45,6 +45,7 @@ def sound_place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
             "fingerprint": {"sha256": "made by hand"},
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
             "normalisation": {"mean": 0.0, "std": 1.0},
+            "metrics": {"eval/accuracy": 0.8, "eval/accuracy_low": 0.7, "eval/accuracy_high": 0.9, "eval/pairs": 50},
         }
         finish(partial, place.run / name, manifest)
     return place

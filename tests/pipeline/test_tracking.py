@@ -136,6 +136,7 @@ def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path: Path, monkeypatch: 
         tracking.log(step, {"loss": 0.5})
         tracking.samples(step, [{"prompt": "a", "response": "b"}])
         tracking.summary({"validation_loss": 1.0})
+        tracking.alert("tiny: clipfrac_high", "the policy moves too far")
         tracking.close(failed=step == 1)
         tracking.close()
     identifier = (out / "wandb_id.txt").read_text()

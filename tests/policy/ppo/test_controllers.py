@@ -56,6 +56,15 @@ def test_running_scale_divides_by_the_deviation_of_all_scores_so_far() -> None:
     torch.testing.assert_close(second, torch.tensor([7.0, -1.0]) / math.sqrt(8))
 
 
+def test_scores_that_are_not_finite_leave_the_scale_as_it_is() -> None:
+    scale = RunningScale()
+    scale.scale(torch.tensor([1.0, math.nan, 3.0, math.inf]))
+    assert scale.std == 1.0
+    assert scale.scale(torch.tensor([math.nan])).isnan().all()
+    assert scale.std == 1.0
+    assert scale.scale(torch.tensor([2.0])).tolist() == pytest.approx([2.0 / math.sqrt(2 / 3)])
+
+
 def test_running_scale_is_that_of_all_scores_at_once_and_resumes() -> None:
     batches = [4.0 + 3.0 * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (1, 5, 17, 2)]
     scale, resumed = RunningScale(), RunningScale()

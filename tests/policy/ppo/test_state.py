@@ -35,6 +35,7 @@ def test_two_updates_equal_one_update_saved_restored_and_one_more(
     roles = make_roles(policy_dir, reward_dir)
     learner, controller = Learner.create(roles, PPO, 0), AdaptiveKLController(0.1, 6.0, 100.0)
     one_more(roles, learner, controller)
+    learner.skipped_steps = 2
     save_state(tmp_path / "state", 1, parts_of(roles, learner, controller))
     drawn = (torch.rand(1), numpy.random.rand(), random.random())
     expected = one_more(roles, learner, controller)
@@ -44,6 +45,7 @@ def test_two_updates_equal_one_update_saved_restored_and_one_more(
     assert load_newest_state(tmp_path / "state", parts_of(fresh, other, other_controller)) == 1
     assert (torch.rand(1), numpy.random.rand(), random.random()) == drawn
     assert one_more(fresh, other, other_controller) == expected
+    assert other.skipped_steps == 2
     assert other_controller.kl_coef == controller.kl_coef
     for a, b in zip(roles.policy.parameters(), fresh.policy.parameters(), strict=True):
         assert torch.equal(a, b)

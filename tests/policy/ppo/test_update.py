@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 from pipeline.recipe import PpoSection
 from policy.ppo.experience import Experience, Roles, make_experience
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
+from reward_model.score import backbone_and_head
 from tests.policy.conftest import VOCABULARY, make_batch, make_roles
 
 PPO = PpoSection(
@@ -36,6 +37,8 @@ def test_first_ratio_is_one_with_dropout_in_the_configuration(policy_dir: Path, 
     ppo = PPO.model_copy(update={"num_minibatches": 1})
     metrics, _ = _trained(roles, make_experience(roles, make_batch(), ppo, 0.1), ppo)
     assert metrics["val/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["policy/approxkl_first"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["policy/approxkl_avg"] > 1e-6
     assert metrics["val/ratio"] != pytest.approx(1.0, abs=1e-5)
 
 
@@ -191,6 +194,53 @@ def test_log_probs_move_with_the_advantages_and_values_towards_returns(policy_di
     assert (moved > 0).all()
     error = ((experience.values - experience.returns)[mask] ** 2).mean()
     assert ((after.values - experience.returns)[mask] ** 2).mean() < error
+
+
+def _forget(embedding: torch.nn.Module, token: int) -> None:
+    """Makes every sequence that holds `token` come out as NaN."""
+    with torch.no_grad():
+        next(embedding.parameters())[token] = torch.nan
+
+
+def test_a_minibatch_that_is_not_finite_moves_nothing_and_its_row_is_named(policy_dir: Path, reward_dir: Path) -> None:
+    """The critic cannot read token 30, which row 4 alone holds: one of three minibatches, in both epochs."""
+    roles = make_roles(policy_dir, reward_dir, max_tokens=8)
+    experience = make_experience(roles, make_batch(), PPO, 0.1)
+    _forget(roles.critic.model.get_input_embeddings(), 30)
+    metrics, learner = _trained(roles, experience, PPO)
+    assert (learner.skipped_steps, learner.skipped_rows) == (2, [[4], [4]])
+    for optimizer in (learner.policy_optimizer, learner.critic_optimizer):
+        assert {int(state["step"]) for state in optimizer.state.values()} == {4}
+    assert all(parameter.isfinite().all() for parameter in roles.policy.parameters())
+    assert metrics["loss/value_avg"] != metrics["loss/value_avg"]  # NaN: the row of metrics shows it
+    ppo_update(roles, learner, experience, UpdateOptions(PPO, 8))
+    assert (learner.skipped_steps, learner.skipped_rows) == (4, [[4], [4]])
+
+
+def test_a_score_that_is_not_finite_spoils_every_minibatch_and_its_row_is_named(
+    policy_dir: Path, reward_dir: Path
+) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    _forget(roles.reward_model.get_input_embeddings(), 26)
+    before = [parameter.clone() for parameter in [*roles.policy.parameters(), *roles.critic.parameters()]]
+    _, learner = _trained(roles, make_experience(roles, make_batch(), PPO, 0.1), PPO)
+    assert (learner.skipped_steps, learner.skipped_rows) == (6, [[3]] * 6)
+    after = [*roles.policy.parameters(), *roles.critic.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_gradient_that_overflows_under_a_finite_loss_names_its_minibatch(policy_dir: Path, reward_dir: Path) -> None:
+    """Returns of 1e18: their squares are finite in float32, the squares of the gradients are not."""
+    roles = make_roles(policy_dir, reward_dir)
+    ppo = PPO.model_copy(update={"num_minibatches": 1, "num_ppo_epochs": 1, "cliprange_value": None})
+    experience = make_experience(roles, make_batch(), ppo, 0.1)
+    huge = replace(experience, returns=experience.returns + 1e18 * experience.batch.response_mask)
+    with torch.no_grad():
+        backbone_and_head(roles.critic.model)[1].weight.mul_(1e3)
+    metrics, learner = _trained(roles, huge, ppo)
+    assert metrics["loss/value_avg"] < 1e38
+    assert metrics["val/grad_norm"] == float("inf")
+    assert (learner.skipped_steps, learner.skipped_rows) == (1, [[0, 1, 2, 3, 4, 5]])
 
 
 def test_learning_rate_decays_linearly_to_zero(policy_dir: Path, reward_dir: Path) -> None:
