@@ -20,9 +20,9 @@ WINDOW = 10
 """Updates that the slow faults must last; also how many rows are kept."""
 RATIO_TOLERANCE = 0.01
 FIRST_APPROX_KL = 1e-3
-"""Both are 0 but for rounding (ppo-details: the first ratio must be 1). The mean ratio alone is blind: whatever the new
-policy is, its expectation over the old one's samples is 1. 1e-3 is a root mean square of 0.045 nats per token, above
-bfloat16's 0.01 to 0.02, below what dropout of 0.1 does."""
+"""The first ratio must be 1 (vwxyzjn/summarize_from_feedback_details) but for rounding. Its mean is blind: whatever
+the new policy is, the ratio's expectation over the old one's samples is 1. 1e-3 is a root mean square of 0.045 nats per
+token, above bfloat16's 0.01 to 0.02, below what dropout of 0.1 does."""
 PROBABILITY_GAP = 0.01
 """verl's rule for the mean |probability difference| of rollout engine and trainer: below 0.005 fine, above 0.01 a
 fault of the engine."""
