@@ -68,7 +68,7 @@ def prepare_stage(out: Path, recipe: Mapping[str, Any], name: str, inputs: Mappi
         "stage": name,
         "fingerprint": {"sha256": "0" * 64},
         "inputs": {
-            role: {"path": str(path), "kinds": ["model", "sft"], "wanted_as": name, "identity": {}}
+            role: {"path": str(path), "kinds": ["model", "sft", "rm"], "wanted_as": name, "identity": {}}
             for role, path in inputs.items()
         },
         "spent": {"wall_seconds": 0.0, "cpu_seconds": 0.0},

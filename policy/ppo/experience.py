@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -12,33 +12,34 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.recipe import PpoSection, Recipe
+from pipeline.records import Prompt
 from policy.models import ValueModel, response_scores
 from policy.ppo.maths import gae, missing_eos_penalty, normalise_scores, token_rewards
+from policy.ppo.rewards import Rewards
 from policy.tensors import masked_whiten
-from reward_model.score import Normalisation, score_responses, token_batches
+from reward_model.score import token_batches
 from rollout.batch import RolloutBatch
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The four models of PPO, on one device.
+    """The four roles of PPO, on one device.
 
     Attributes:
-        policy: trained; reference: its frozen start; critic: trained; reward_model: frozen, scores raw.
+        policy: trained; reference: its frozen start; critic: trained; rewards: frozen models and functions.
     """
 
     policy: PreTrainedModel
     reference: PreTrainedModel
     critic: ValueModel
-    reward_model: PreTrainedModel
-    normalisation: Normalisation
+    rewards: Rewards
     temperature: float
     max_tokens: int
     autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
 
     @property
     def device(self) -> torch.device:
-        """Where all four live."""
+        """Where all models live."""
         return self.policy.device
 
 
@@ -51,7 +52,8 @@ class Experience:
         values, returns, advantages [B,R]: returns = raw advantages + values; advantages are whitened over the batch.
         rewards, kl [B,R]: per token; rewards = -kl_coef * kl, plus the score at the last response token.
         entropy [B,R]: of the policy at rollout time, nats.
-        scores [B]: raw reward-model output; shaped_scores [B]: normalised, clipped, less the missing-EOS penalty.
+        scores [B]: weighted sum of the reward sources; shaped_scores [B]: clipped, less the missing-EOS penalty.
+        source_scores: each source's scores [B] by its name, before the weight.
     """
 
     batch: RolloutBatch
@@ -65,10 +67,15 @@ class Experience:
     entropy: Tensor
     scores: Tensor
     shaped_scores: Tensor
+    source_scores: Mapping[str, Tensor]
 
 
-def make_experience(roles: Roles, batch: RolloutBatch, ppo: PpoSection, kl_coef: float) -> Experience:
+def make_experience(
+    roles: Roles, batch: RolloutBatch, ppo: PpoSection, kl_coef: float, prompts: Sequence[Prompt] = ()
+) -> Experience:
     """Scores `batch` with the four roles and computes advantages; no gradients.
+
+    `prompts` are the records of the batch's prompts, for reward functions and models with another tokenizer.
 
     Advantages are whitened once over the whole rollout batch (ppo-details: OpenAI, OpenRLHF), never per micro-batch.
     """
@@ -76,8 +83,8 @@ def make_experience(roles: Roles, batch: RolloutBatch, ppo: PpoSection, kl_coef:
     old_logprobs, entropy = policy_logprobs(roles, roles.policy, batch)
     ref_logprobs, _ = policy_logprobs(roles, roles.reference, batch, with_entropy=False)
     values = critic_values(roles, batch)
-    raw = raw_scores(roles, batch)
-    scores = normalise_scores(raw, roles.normalisation.mean, roles.normalisation.std, ppo.score_clip)
+    combined, source_scores = roles.rewards.scores(batch, prompts)
+    scores = normalise_scores(combined, 0.0, 1.0, ppo.score_clip)
     scores = missing_eos_penalty(scores, batch.finished, ppo.missing_eos_penalty)
     mask = batch.response_mask
     rewards, kl = token_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef)
@@ -92,8 +99,9 @@ def make_experience(roles: Roles, batch: RolloutBatch, ppo: PpoSection, kl_coef:
         returns=returns,
         kl=kl,
         entropy=entropy,
-        scores=raw,
+        scores=combined,
         shaped_scores=scores,
+        source_scores=source_scores,
     )
 
 
@@ -123,15 +131,6 @@ def critic_values(roles: Roles, batch: RolloutBatch) -> Tensor:
         with roles.autocast():
             values[rows, : part.response_ids.shape[1]] = roles.critic(part).float()
     return values
-
-
-def raw_scores(roles: Roles, batch: RolloutBatch) -> Tensor:
-    """Raw reward-model scores [B], read at the last response token."""
-    prompts = [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
-    responses = [ids[mask].tolist() for ids, mask in zip(batch.response_ids, batch.response_mask, strict=True)]
-    with roles.autocast():
-        scores = score_responses(roles.reward_model, prompts, responses, max_tokens=roles.max_tokens)
-    return scores.to(roles.device)
 
 
 def micro_batches(batch: RolloutBatch, max_tokens: int) -> list[list[int]]:
