@@ -14,6 +14,11 @@ MODULE = """
 def longer(prompts, responses, unit=1):
     return [len(p + r) / unit for p, r in zip(prompts, responses)]
 
+def empties(prompts, responses):
+    prompts.clear()
+    responses.clear()
+    return [0.0, 0.0]
+
 def short_list(prompts, responses):
     return [0.0]
 
@@ -63,6 +68,12 @@ def _load(function: str, **kwargs: object) -> JudgeFunction:
 def test_kwargs_are_bound_and_numbers_are_floats(judges_module: str) -> None:
     judge = _load(f"{judges_module}:longer", unit=2)
     assert judge(["ab", "c"], ["cd", ""]) == [2.0, 0.5]
+
+
+def test_a_judge_gets_lists_of_its_own(judges_module: str) -> None:
+    prompts, responses = ["ab", "c"], ["cd", ""]
+    assert _load(f"{judges_module}:empties")(prompts, responses) == [0.0, 0.0]
+    assert (prompts, responses) == (["ab", "c"], ["cd", ""])
 
 
 def test_no_judges_give_none() -> None:

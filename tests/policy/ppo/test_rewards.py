@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -27,17 +28,20 @@ from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder, load_tokenizer, tokenizer_sha256
 from policy.models import save_model
 from policy.ppo.rewards import FunctionReward, ModelReward, Retokeniser, Rewards, load_critic, load_rewards
-from policy.ppo.stage import run
+from policy.ppo.stage import prompt_indices, run
 from reward_model.score import Normalisation, backbone_and_head, load_reward_model
 from rollout.batch import Completion, RolloutBatch
-from tests.pipeline.conftest import CHAT_TEMPLATE, CORPUS, save_other_tokenizer, save_tiny_tokenizer
+from tests.pipeline.conftest import CORPUS, save_other_tokenizer, save_tiny_tokenizer
 from tests.tiny_stage import VOCABULARY, prepare_stage, save_tiny_policy, write_rows
 
 FUNCTIONS = """
 def characters(prompts, responses, columns):
     return [len(r) for r in responses]
 
+SEEN = []
+
 def target(prompts, responses, columns, scale=1.0):
+    SEEN.append(prompts)
     return [scale * c["target"] + len(p) for p, c in zip(prompts, columns)]
 
 def spoils(prompts, responses, columns):
@@ -90,7 +94,8 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Path:
-    return save_tiny_policy(tmp_path / "policy", chat_template=CHAT_TEMPLATE)
+    template = "{% for message in messages %}({{ message['content'] }}){% endfor %}"
+    return save_tiny_policy(tmp_path / "policy", chat_template=template)
 
 
 def encoder_of(directory: Path) -> Encoder:
@@ -282,6 +287,9 @@ def test_tokenizers_that_lose_text_and_manifests_that_do_not_fit_are_refused(pol
     stage = make_stage(tmp_path / "a", policy, {"rewards": {"f": {"model": "x"}}}, rewards_f=model)
     text = _refused(stage, encoder)
     assert "ppo.rewards.f: prompts.jsonl:7: the reward model's tokenizer turns 'the dull plot' into ''" in text
+    turned_round = Retokeniser(encoder_of(model), encoder)
+    with pytest.raises(UserError, match="the policy's tokenizer turns 'the dull plot' into ''"):
+        turned_round.check("ppo.rewards.f", [EncodedPrompt(prompt, [1]) for prompt in PROMPTS])
 
     model = save_reward_model(tmp_path / "swapped", save_other_tokenizer, tokenizer_sha256="0" * 64)
     stage = make_stage(tmp_path / "b", policy, {"rewards": {"f": {"model": "x"}}}, rewards_f=model)
@@ -372,6 +380,9 @@ def test_ppo_runs_on_a_function_alone(policy: Path, functions: str, tmp_path: Pa
     for row in updates:
         by_hand = 0.5 * row["objective/scores/size"] - row["objective/scores/target"]
         assert row["objective/scores"] == pytest.approx(by_hand, abs=1e-4)
+    train = [row["prompt"] for row in rows if row["split"] == "train"]
+    seen = importlib.import_module(functions).SEEN
+    assert seen[1:3] == [[train[i] for i in prompt_indices(len(train), 4, update, seed=0)] for update in (1, 2)]
     held_out = json.loads((stage.out / "evaluation" / "update_000002.json").read_text())["rows"]
     assert len(held_out) == 4
     targets = {row["prompt"]: row["target"] for row in rows}
