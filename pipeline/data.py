@@ -45,7 +45,7 @@ class Split(Generic[T]):
         ]
         lines += [f"  {name}: {count}" for name, count in report["counts"].items() if count]
         if report["unused_columns"]:
-            lines.append(f"  columns not read: {', '.join(report['unused_columns'])}")
+            lines.append(f"  other columns: {', '.join(report['unused_columns'])}")
         if report["skipped"]["count"]:
             lines.append(f"  skipped rows: {report['skipped']['count']}")
             lines += [f"    {reason}" for reason in report["skipped"]["reasons"]]

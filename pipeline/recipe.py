@@ -115,13 +115,46 @@ class RmSection(Section):
     """trl.RewardConfig settings."""
 
 
+class RewardSource(Section):
+    """One term of PPO's score: a reward model, or a Python function of your own."""
+
+    model: str | None = None
+    """Directory of a reward model with its normalisation; `rm` is that of `ppo.reward_model`."""
+    function: str | None = None
+    """`module:function`, importable from the working directory, called with lists of prompts, responses and columns."""
+    kwargs: dict[str, Any] = {}
+    """Further arguments of the function."""
+    weight: Number = 1.0
+    """Factor of the source's scores, which are a model's normalised ones and a function's as they are."""
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> RewardSource:
+        if (self.model is None) == (self.function is None):
+            raise ValueError("give exactly one of `model` and `function`")
+        if self.kwargs and self.function is None:
+            raise ValueError("`kwargs` are arguments of a `function`, and this is a model")
+        if self.weight == 0.0:
+            raise ValueError("a weight of 0 turns the source off; remove it instead")
+        return self
+
+
+TRAINED = "rm"
+"""What `ppo.rewards` calls the reward model of `ppo.reward_model`."""
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
 class PpoSection(Section):
-    """Proximal policy optimisation against the reward model, with a KL penalty to the reference."""
+    """Proximal policy optimisation against a score, with a KL penalty to the reference."""
 
     policy: str | None = None
     """Checkpoint of the initial policy, which is also the frozen reference; default: the SFT stage's artifact."""
     reward_model: str | None = None
     """Reward model directory; default: the RM stage's artifact."""
+    rewards: Annotated[dict[SourceName, RewardSource], Field(min_length=1)] = {TRAINED: RewardSource(model=TRAINED)}
+    """Sources of the score by name: it is the sum of weight * source."""
+    critic: str = "reward_model"
+    """Its start: `reward_model`, the first one with the policy's tokenizer, or the policy where there is none;
+    `policy`, with a zero head; or the directory of a sequence classifier with one output."""
     updates: Count = 100
     """Rollout batches sampled and learnt from."""
     rollout_batch_size: Count = 64
@@ -185,7 +218,7 @@ class PpoSection(Section):
     importance_low: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.0
     importance_high: Annotated[Number, Field(ge=1.0)] = 2.0
     critic_head: Literal["reward_model", "zero"] = "reward_model"
-    """Initial value head: the reward model's own, or zeros."""
+    """Initial value head: that of the model which the critic starts from, or zeros."""
     eval_every: Count = 20
     """Updates between held-out evaluations."""
     save_every: Count = 20
@@ -212,6 +245,12 @@ class PpoSection(Section):
                 f"critic_warmup_updates ({self.critic_warmup_updates}) leaves none of the {self.updates} updates for "
                 "the policy; lower it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _reads_the_reward_model(self) -> PpoSection:
+        if self.reward_model is not None and all(source.model != TRAINED for source in self.rewards.values()):
+            raise ValueError(f"`reward_model` is set, but no entry of `rewards` is `model: {TRAINED}`")
         return self
 
 

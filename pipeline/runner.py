@@ -29,7 +29,17 @@ from pipeline.load import RESOLVED, dump_recipe
 from pipeline.process import only_one, run_child
 from pipeline.recipe import Recipe
 from pipeline.stage import interrupted_message, print_error, read_job
-from pipeline.stages import ORDER, STAGES, differences, fingerprint, input_paths, run_directory, wanted_as, wanted_paths
+from pipeline.stages import (
+    ORDER,
+    STAGES,
+    differences,
+    fingerprint,
+    input_paths,
+    run_directory,
+    stage_inputs,
+    wanted_as,
+    wanted_paths,
+)
 
 State = Literal["done", "resume", "start", "stale", "stale partial", "later", "refused"]
 SHOWN_DIFFERENCES = 8
@@ -75,7 +85,8 @@ def _plan_stage(recipe: Recipe, name: str) -> PlannedStage:
 def _awaited(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> list[str]:
     """Inputs that are not there yet and that `prepare` or an earlier stage makes."""
     made = [Path(entry.makes) for entry in recipe.prepare]
-    made += [run_directory(recipe) / (entry.made_by or "") for entry in STAGES[name].inputs.values() if entry.made_by]
+    inputs_wanted = stage_inputs(recipe, name).values()
+    made += [run_directory(recipe) / entry.made_by for entry in inputs_wanted if entry.made_by]
     wanted = wanted_paths(recipe, name, inputs)
     return [path for path in wanted if not os.path.exists(path) and any(_is_inside(path, target) for target in made)]
 
@@ -133,7 +144,7 @@ def _run_stage(recipe: Recipe, name: str, overwrite: bool, command: Sequence[str
             "inputs": {
                 role: {
                     "path": path,
-                    "kinds": list(STAGES[name].inputs[role].kinds),
+                    "kinds": list(stage_inputs(recipe, name)[role].kinds),
                     "wanted_as": wanted_as(recipe, name, role, path),
                     "identity": mark["inputs"][role],
                 }
@@ -274,7 +285,7 @@ def _make_directory(directory: Path) -> None:
 
 def _check_inputs(recipe: Recipe, name: str, paths: Mapping[str, str], *, verify: bool) -> None:
     for role, path in paths.items():
-        kinds = STAGES[name].inputs[role].kinds
+        kinds = stage_inputs(recipe, name)[role].kinds
         open_artifact(path, kinds=kinds, wanted_as=wanted_as(recipe, name, role, path), verify=verify)
 
 

@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import identity, sha256_file
 from pipeline.errors import UserError
-from pipeline.recipe import DataSource, Recipe
+from pipeline.recipe import TRAINED, DataSource, Recipe
 from pipeline.sources import fingerprint as source_fingerprint
 from pipeline.sources import locate
 from pipeline.stage import tristage_version
@@ -81,6 +82,8 @@ NOT_DECISIVE = {
 }
 """Keys outside the fingerprint: paths, for which the contents they lead to stand in, and what no result depends on."""
 NOT_DECISIVE_TRAINER = ("save_", "logging_")
+CRITIC_STARTS = ("reward_model", "policy")
+"""Values of `ppo.critic` that are no path."""
 
 
 def run_directory(recipe: Recipe) -> Path:
@@ -88,13 +91,28 @@ def run_directory(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / recipe.name
 
 
+def stage_inputs(recipe: Recipe, name: str) -> dict[str, Input]:
+    """The inputs of stage `name` by role: those of the table; for PPO, the models that its recipe names."""
+    inputs = dict(STAGES[name].inputs)
+    if name != "ppo":
+        return inputs
+    models = {source: entry.model for source, entry in recipe.ppo.rewards.items() if entry.model}
+    if TRAINED not in models.values():
+        del inputs["reward_model"]
+    for source, model in models.items():
+        if model != TRAINED:
+            inputs[f"rewards.{source}"] = Input(f"ppo.rewards.{source}.model", None, ("rm",))
+    if recipe.ppo.critic not in CRITIC_STARTS:
+        inputs["critic"] = Input("ppo.critic", None, ("model", "rm"))
+    return inputs
+
+
 def input_paths(recipe: Recipe, name: str, overrides: Mapping[str, str]) -> dict[str, str]:
     """Where stage `name` reads each input from: an override, the recipe's key, or the stage that makes it."""
     dumped = recipe.model_dump()
     paths = {}
-    for role, entry in STAGES[name].inputs.items():
-        section, _, key = entry.key.partition(".")
-        chosen = overrides.get(role) or dumped.get(section, {}).get(key)
+    for role, entry in stage_inputs(recipe, name).items():
+        chosen = overrides.get(role) or reduce(lambda tree, key: (tree or {}).get(key), entry.key.split("."), dumped)
         default = recipe.model.name_or_path if entry.made_by is None else str(run_directory(recipe) / entry.made_by)
         paths[role] = str(chosen or default)
     return paths
@@ -102,7 +120,7 @@ def input_paths(recipe: Recipe, name: str, overrides: Mapping[str, str]) -> dict
 
 def wanted_as(recipe: Recipe, name: str, role: str, path: str) -> str:
     """The recipe key that says where an input lies."""
-    entry = STAGES[name].inputs[role]
+    entry = stage_inputs(recipe, name)[role]
     by_default = entry.made_by is None and path == recipe.model.name_or_path
     return "model.name_or_path" if by_default else entry.key
 
@@ -122,11 +140,24 @@ def sources(recipe: Recipe, name: str) -> dict[str, str | DataSource]:
 
 
 def named_files(recipe: Recipe, name: str) -> list[str]:
-    """Texts of the recipe that may name a file whose contents count: the chat template, the judges' arguments."""
+    """Texts of the recipe that may name a file whose contents count.
+
+    They are the chat template, the arguments of judges and reward functions, and the reward functions' source files.
+    """
     named = [recipe.model.chat_template] if recipe.model.chat_template else []
-    if "eval" in STAGES[name].sections:
-        named += [v for judge in recipe.eval.judges.values() for v in judge.kwargs.values() if isinstance(v, str)]
-    return named
+    called = list(recipe.eval.judges.values()) if "eval" in STAGES[name].sections else []
+    if "ppo" in STAGES[name].sections:
+        functions = [source for source in recipe.ppo.rewards.values() if source.function]
+        named += [_source_file(source.function or "") for source in functions]
+        called += functions
+    return named + [v for entry in called for v in entry.kwargs.values() if isinstance(v, str)]
+
+
+def _source_file(function: str) -> str:
+    """Where `module:function` stands, if the module is one of the working directory."""
+    module = function.partition(":")[0].replace(".", "/")
+    package = f"{module}/__init__.py"
+    return package if os.path.isfile(package) else f"{module}.py"
 
 
 def wanted_paths(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> list[str]:
@@ -158,6 +189,9 @@ def fingerprint(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> dict[st
 
 def _decisive(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in NOT_DECISIVE.get(section, ())}
+    if section == "ppo":
+        kept["critic"] = kept["critic"] if kept["critic"] in CRITIC_STARTS else "a directory"
+        kept["rewards"] = {name: {**source, "model": None} for name, source in kept["rewards"].items()}
     if "trainer" in kept:
         kept["trainer"] = {k: v for k, v in kept["trainer"].items() if not k.startswith(NOT_DECISIVE_TRAINER)}
     return kept

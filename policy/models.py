@@ -7,15 +7,24 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pipeline.errors import UserError
 from policy.tensors import TokenScores, logprobs_from_hidden, position_ids, shifted_response_hidden
-from reward_model.score import backbone_and_head, load_reward_model
+from reward_model.score import HEAD_NAMES, Normalisation, backbone_and_head, load_reward_model
 from rollout.batch import RolloutBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOLERANCE = 1e-2
+AFFINE = "value_mean_and_std"
+"""Key of a critic's configuration under which `ValueModel` keeps its affine map."""
 
 
 def cast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
@@ -122,13 +131,15 @@ class ValueModel(nn.Module):
     """The critic: a sequence classifier's trunk and scalar head, read before every response token.
 
     The outputs pass through the same affine map (score - mean) / std as the reward model's scores, so that a critic
-    started from the reward model predicts normalised scores from the first update on.
+    started from the reward model predicts normalised scores from the first update on. The configuration keeps the map,
+    for a run that starts from the saved critic.
     """
 
     def __init__(self, model: PreTrainedModel, mean: float, std: float) -> None:
         super().__init__()
         self.model = model
         self.mean, self.std = mean, std
+        model.config.update({AFFINE: [mean, std]})
 
     def forward(self, batch: RolloutBatch) -> Tensor:
         """Values [B,R], in float32 at least: entry t is the value of the state before response token t."""
@@ -143,14 +154,51 @@ class ValueModel(nn.Module):
 def load_value_model(
     path: str | Path, dtype: str, *, mean: float, std: float, head: Literal["reward_model", "zero"]
 ) -> ValueModel:
-    """A critic started from the reward model at `path`, its head kept or set to zero."""
+    """A critic started from the sequence classifier with one output at `path`, its head kept or set to zero."""
     model = load_reward_model(path, DTYPES[dtype], "cpu")
     model.requires_grad_(True)
     if head == "zero":
-        nn.init.zeros_(backbone_and_head(model)[1].weight)
+        _zero_head(model)
         mean, std = 0.0, 1.0
     disable_dropout(model)
     return ValueModel(model, mean, std)
+
+
+def load_value_model_of_policy(path: str | Path, dtype: str) -> ValueModel:
+    """A critic with the trunk of the policy at `path` and a zero head, so that every value starts at 0.
+
+    Errors:
+        UserError: the architecture has no sequence classifier, or the trunk's weights are not in `path`.
+    """
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=DTYPES[dtype], output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no critic could be made of the policy {path}: {error}",
+            mend="Set ppo.critic to the directory of a sequence classifier with one output.",
+        ) from error
+    lost = sorted(key for key in report["missing_keys"] if key.partition(".")[0] not in HEAD_NAMES)
+    if lost:
+        raise UserError(
+            f"{path}: its weights do not fit {type(model).__name__}; missing: {', '.join(lost[:4])}.",
+            mend="Set ppo.critic to the directory of a sequence classifier with one output.",
+        )
+    _zero_head(model)
+    disable_dropout(model)
+    return ValueModel(model, 0.0, 1.0)
+
+
+def saved_affine(path: str | Path) -> Normalisation | None:
+    """The map that a critic saved at `path` was trained behind; None for another classifier."""
+    kept = AutoConfig.from_pretrained(path).to_dict().get(AFFINE)
+    return None if kept is None else Normalisation(*kept)
+
+
+def _zero_head(model: PreTrainedModel) -> None:
+    for parameter in backbone_and_head(model)[1].parameters():
+        nn.init.zeros_(parameter)
 
 
 def _trunk(model: PreTrainedModel, batch: RolloutBatch) -> Tensor:

@@ -88,8 +88,6 @@ PPO = _of(
     ("torch.expm1(-d) + d", "torch.expm1(d) - d"),
     (".clamp(max=K3_LIMIT)", ""),
     ("        d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)\n        return (", "        return -("),
-    ("return (scores - mean) / std", "return scores / std"),
-    ("return (scores - mean) / std", "return (scores - mean) * std"),
     ("return scores - penalty * response_mask.sum(-1)", "return scores + penalty * response_mask.sum(-1)"),
     ("return scores - penalty * response_mask.sum(-1)", "return scores - penalty * response_mask.shape[-1]"),
     ("torch.where(finished, scores, scores - penalty)", "torch.where(finished, scores - penalty, scores)"),

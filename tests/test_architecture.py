@@ -15,13 +15,14 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from pipeline.recipe import DataSource, Judge, Prepare, Recipe
+from pipeline.recipe import DataSource, Judge, Prepare, Recipe, RewardSource
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "policy", "reward_model", "rollout")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_KEYS = 100
+ROWS = (DataSource, Judge, Prepare, RewardSource)
 PURE = (
     "policy/tensors.py",
     "policy/ppo/maths.py",
@@ -130,7 +131,7 @@ def sections(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in model.model_fields.items():
         kinds = [field.annotation, *get_args(field.annotation)]
         for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in (DataSource, Judge, Prepare):
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in ROWS:
                 yield name, kind
 
 
@@ -139,7 +140,7 @@ def recipe_keys() -> dict[str, str]:
     nested = dict(sections(Recipe))
     keys = {name: name for name in Recipe.model_fields if name not in nested}
     keys |= {f"{section}.{name}": name for section, kind in nested.items() for name in kind.model_fields}
-    for row in (DataSource, Judge, Prepare):
+    for row in ROWS:
         keys |= {f"{row.__name__}.{name}": name for name in row.model_fields}
     return keys
 

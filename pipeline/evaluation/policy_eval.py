@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SCORE = "score"
-"""Name of the reward model's score in `PolicyReport.per_prompt`, beside the judges."""
+"""Name of the reward's score in `PolicyReport.per_prompt`, beside the judges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class PolicyReport:
     """Hash of the prompts in order: two reports are comparable only when it is equal."""
     judges: dict[str, Estimate]
     score: Estimate | None
-    """Reward-model score, normalised as PPO sees it; None where none was given."""
+    """Score as PPO's reward sources give it, before clip and penalties; None where none was given."""
     kl_per_sequence: Estimate | None
     """Nats to the reference, mean over sequences of sum_t(logprob - ref_logprob) (k1)."""
     kl_per_token: float | None
@@ -154,8 +154,8 @@ def measure(
 ) -> PolicyReport:
     """Measure a policy's samples.
 
-    `scores` and `kl_per_sequence` are [prompts * samples], prompt by prompt: normalised
-    reward-model scores and sum_t(logprob - ref_logprob) in nats. `seed` fixes the bootstrap. Raises ValueError
+    `scores` and `kl_per_sequence` are [prompts * samples], prompt by prompt: the reward
+    sources' weighted sums and sum_t(logprob - ref_logprob) in nats. `seed` fixes the bootstrap. Raises ValueError
     for another shape or unequal sample counts, UserError for a judge that fails.
     """
     per_prompt_count = _sample_count(samples)

@@ -117,7 +117,7 @@ class Summary:
             for name, estimate in self.before.judges.items()
         ]
         if self.before.score or self.after.score:
-            pairs.append(("reward-model score", self.before.score, self.after.score, SCORE))
+            pairs.append(("reward score", self.before.score, self.after.score, SCORE))
         return [
             Row(
                 title,
@@ -195,10 +195,10 @@ def _sentences(summary: Summary) -> Iterator[str]:
     if judged:
         yield _judge_sentence(after, judged)
     else:
-        yield "No gold judge is set (eval.judges), so nothing but the reward model speaks here."
+        yield "No gold judge is set (eval.judges), so nothing but the reward itself speaks here."
     score = summary.differences.get(SCORE)
     if score is not None:
-        yield f"The reward-model score {_moved(score)} {_interval(score)}."
+        yield f"The reward score {_moved(score)} {_interval(score)}."
         raised = any(_clear(value) > 0 for value in judged.values())
         if judged and _clear(score) > 0 and not raised:
             yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.recipe import PpoSection, Recipe
+from pipeline.records import Prompt
 from policy.models import ValueModel, response_scores
 from policy.ppo.controllers import RunningScale
 from policy.ppo.maths import (
@@ -21,34 +22,33 @@ from policy.ppo.maths import (
     importance_weights,
     length_penalty,
     missing_eos_penalty,
-    normalise_scores,
     token_rewards,
 )
+from policy.ppo.rewards import Rewards
 from policy.tensors import masked_mean, masked_var, masked_whiten
-from reward_model.score import Normalisation, score_responses, token_batches
+from reward_model.score import token_batches
 from rollout.batch import RolloutBatch
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The four models of PPO, on one device.
+    """The four roles of PPO, on one device.
 
     Attributes:
-        policy: trained; reference: its frozen start; critic: trained; reward_model: frozen, scores raw.
+        policy: trained; reference: its frozen start; critic: trained; rewards: frozen models and functions.
     """
 
     policy: PreTrainedModel
     reference: PreTrainedModel
     critic: ValueModel
-    reward_model: PreTrainedModel
-    normalisation: Normalisation
+    rewards: Rewards
     temperature: float
     max_tokens: int
     autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
 
     @property
     def device(self) -> torch.device:
-        """Where all four live."""
+        """Where all models live."""
         return self.policy.device
 
 
@@ -61,7 +61,8 @@ class Experience:
         values, returns, advantages [B,R]: returns = raw advantages + values; advantages are whitened over the batch.
         rewards, kl [B,R]: per token; rewards = -kl_coef * kl, plus the score at the last response token.
         entropy [B,R]: of the policy at rollout time, nats.
-        scores [B]: raw reward-model output; shaped_scores [B]: normalised, scaled, clipped, less the penalties.
+        scores [B]: weighted sum of the reward sources; shaped_scores [B]: scaled, clipped, less the penalties.
+        source_scores: each source's scores [B] by its name, before the weight.
         weights [B,R]: importance weights of the engine's samples; None where engine and trainer agree.
     """
 
@@ -76,6 +77,7 @@ class Experience:
     entropy: Tensor
     scores: Tensor
     shaped_scores: Tensor
+    source_scores: Mapping[str, Tensor]
     weights: Tensor | None = None
 
 
@@ -84,14 +86,16 @@ def make_experience(
     batch: RolloutBatch,
     ppo: PpoSection,
     kl_coef: float,
+    prompts: Sequence[Prompt] = (),
     *,
     scale: RunningScale | None = None,
     logprob_tolerance: float = 0.0,
 ) -> Experience:
     """Scores `batch` with the four roles and computes advantages; no gradients.
 
-    `scale` is that of `ppo.score_scaling: running`. Importance weights are computed when `ppo.importance_level` asks
-    for them and a log-probability of the engine is more than `logprob_tolerance` nats from the trainer's.
+    `prompts` are the records of the batch's prompts, for reward functions and models with another tokenizer. `scale`
+    is that of `ppo.score_scaling: running`. Importance weights are computed when `ppo.importance_level` asks for them
+    and a log-probability of the engine is more than `logprob_tolerance` nats from the trainer's.
 
     Advantages are whitened once over the whole rollout batch (ppo-details: OpenAI, OpenRLHF), never per micro-batch.
     """
@@ -99,9 +103,9 @@ def make_experience(
     old_logprobs, entropy = policy_logprobs(roles, roles.policy, batch)
     ref_logprobs, _ = policy_logprobs(roles, roles.reference, batch, with_entropy=False)
     values = critic_values(roles, batch)
-    raw = raw_scores(roles, batch)
+    combined, source_scores = roles.rewards.scores(batch, prompts)
     mask = batch.response_mask
-    scores = shaped_scores(roles, batch, raw, ppo, scale)
+    scores = shape_scores(combined, batch, ppo, scale)
     rewards, kl = token_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef, ppo.kl_estimator)
     if ppo.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
@@ -116,17 +120,15 @@ def make_experience(
         returns=returns,
         kl=kl,
         entropy=entropy,
-        scores=raw,
+        scores=combined,
         shaped_scores=scores,
+        source_scores=source_scores,
         weights=_weights(batch, old_logprobs, ppo, logprob_tolerance),
     )
 
 
-def shaped_scores(
-    roles: Roles, batch: RolloutBatch, raw: Tensor, ppo: PpoSection, scale: RunningScale | None
-) -> Tensor:
-    """Raw scores [B], normalised, scaled and clipped, less the penalties for a missing EOS and for length."""
-    scores = normalise_scores(raw, roles.normalisation.mean, roles.normalisation.std)
+def shape_scores(scores: Tensor, batch: RolloutBatch, ppo: PpoSection, scale: RunningScale | None) -> Tensor:
+    """Scores [B], scaled and clipped, less the penalties for a missing EOS and for length."""
     if scale is not None:
         scores = scale.scale(scores)
     if ppo.score_clip is not None:
@@ -170,15 +172,6 @@ def critic_values(roles: Roles, batch: RolloutBatch) -> Tensor:
     return values
 
 
-def raw_scores(roles: Roles, batch: RolloutBatch) -> Tensor:
-    """Raw reward-model scores [B], read at the last response token."""
-    prompts = [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
-    responses = [ids[mask].tolist() for ids, mask in zip(batch.response_ids, batch.response_mask, strict=True)]
-    with roles.autocast():
-        scores = score_responses(roles.reward_model, prompts, responses, max_tokens=roles.max_tokens)
-    return scores.to(roles.device)
-
-
 def experience_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:
     """What an update's experience says, under the names of trl's PPOTrainer; all means are masked.
 
@@ -191,6 +184,7 @@ def experience_metrics(experience: Experience, kl_coef: float) -> dict[str, floa
     return {
         "objective/scores": scores,
         "objective/raw_scores": experience.scores.mean().item(),
+        **{f"objective/scores/{name}": each.mean().item() for name, each in experience.source_scores.items()},
         "objective/kl": kl,
         "objective/kl_error": ((kl_sums - kl).square().sum() / (rows * (rows - 1))).sqrt().item(),
         "objective/non_score_reward": -kl_coef * kl,

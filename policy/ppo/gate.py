@@ -34,7 +34,7 @@ def admit(
     its scores used as they are.
 
     Errors:
-        UserError: another tokenizer or chat template, no normalisation, or an accuracy that may be chance.
+        UserError: another chat template, no normalisation, or an accuracy that may be chance.
     """
     found = [*_fit(reward_model, policy, tokenizer), *_accuracy(reward_model)]
     normalisation = RAW
@@ -59,14 +59,12 @@ def batch_arithmetic(ppo: PpoSection) -> str:
 
 
 def _fit(reward_model: Artifact, policy: Artifact, tokenizer: PreTrainedTokenizerBase) -> Iterator[UserError]:
-    """Objections to how the reward model reads what the policy writes."""
-    if tokenizer_sha256(tokenizer) != reward_model.manifest.get("tokenizer_sha256"):
-        yield UserError(
-            f"the reward model {reward_model.path} was trained with another tokenizer than the policy "
-            f"{policy.path}; token ids would mean different text to the two.",
-            mend="Train the reward model from this policy's SFT checkpoint, or set ppo.policy to its own.",
-        )
-    if chat_template_sha256(tokenizer) != reward_model.manifest.get("chat_template_sha256"):
+    """Objections to how the reward model reads what the policy writes.
+
+    One with another tokenizer reads decoded text in its own form.
+    """
+    same = tokenizer_sha256(tokenizer) == reward_model.manifest.get("tokenizer_sha256")
+    if same and chat_template_sha256(tokenizer) != reward_model.manifest.get("chat_template_sha256"):
         yield UserError(
             f"the reward model {reward_model.path} was trained with another chat template than the policy "
             f"{policy.path} uses; its scores are of prompts in another form.",

@@ -1,4 +1,4 @@
-"""Evaluation of the current policy on held-out prompts: judges, reward model, KL to the reference, length, EOS."""
+"""Evaluation of the current policy on held-out prompts: judges, score, KL to the reference, length, EOS."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.evaluation.judges import JudgeFunction
 from pipeline.evaluation.policy_eval import PolicyReport, SampledResponses, measure, sample_responses
 from pipeline.recipe import Recipe
 from pipeline.tokens import EncodedPrompt, Encoder
-from policy.ppo.experience import Roles, policy_logprobs, raw_scores
+from policy.ppo.experience import Roles, policy_logprobs
 from rollout.batch import RolloutBatch
 from rollout.engine import RolloutEngine
 
@@ -72,7 +72,7 @@ def report_metrics(report: PolicyReport) -> dict[str, float]:
 
 
 def _scores_and_kl(roles: Roles, samples: SampledResponses, encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """Normalised scores and k1 KL sums [prompts * samples]."""
+    """Weighted sums of the reward sources and k1 KL sums [prompts * samples]."""
     flat = samples.flat
     scores, kl = [], []
     for start in range(0, len(flat), SLICE):
@@ -83,5 +83,5 @@ def _scores_and_kl(roles: Roles, samples: SampledResponses, encoder: Encoder) ->
         policy, _ = policy_logprobs(roles, roles.policy, batch, with_entropy=False)
         reference, _ = policy_logprobs(roles, roles.reference, batch, with_entropy=False)
         kl.append((policy - reference).sum(1).cpu())
-        scores.append(roles.normalisation.apply(raw_scores(roles, batch)).cpu())
+        scores.append(roles.rewards.scores(batch, [prompt for prompt, _, _ in part])[0].cpu())
     return torch.cat(scores), torch.cat(kl)

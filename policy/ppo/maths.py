@@ -42,17 +42,6 @@ def kl_estimate(
     raise ValueError(f"kind must be one of {', '.join(get_args(KLKind))}, got {kind!r}")
 
 
-def normalise_scores(scores: Float[Tensor, " batch"], mean: float, std: float) -> Float[Tensor, " batch"]:
-    """(scores - mean) / std, shape [B].
-
-    `mean` and `std` are the reward model's, measured once. Raises ValueError when `std` is not a
-    positive number.
-    """
-    if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
-        raise ValueError(f"scores need a finite mean and a std > 0, got mean {mean}, std {std}")
-    return (scores - mean) / std
-
-
 def missing_eos_penalty(
     scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"], penalty: float | None
 ) -> Float[Tensor, " batch"]:

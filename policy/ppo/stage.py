@@ -1,4 +1,4 @@
-"""STAGE ppo: proximal policy optimisation against the reward model, one readable loop.
+"""STAGE ppo: proximal policy optimisation against a score, one readable loop.
 
 Each update: sample responses from the current policy, score them, compute advantages, optimise policy and critic,
 push the new weights into the rollout engine. `python -m policy.ppo.stage runs/<name>/ppo.partial`.
@@ -24,17 +24,18 @@ from pipeline.errors import UserError
 from pipeline.evaluation.judges import load_judges
 from pipeline.evaluation.summary import summarise
 from pipeline.recipe import Recipe
+from pipeline.records import Prompt
 from pipeline.stage import Stage, stage_main
 from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts, load_tokenizer
-from policy.models import cast, check_projection, disable_dropout, load_policy, load_value_model, save_model
+from policy.models import cast, check_projection, disable_dropout, load_policy, save_model
 from policy.ppo.controllers import AdaptiveKLController, FixedKLController, RunningScale
 from policy.ppo.experience import Experience, Roles, check_engine, experience_metrics, make_experience
-from policy.ppo.gate import admit, batch_arithmetic
+from policy.ppo.gate import batch_arithmetic
 from policy.ppo.health import Health, Verdict
 from policy.ppo.held_out import HeldOut, load_report, report_metrics, save_report
+from policy.ppo.rewards import load_critic, load_rewards
 from policy.ppo.state import Stateful, load_newest_state, save_state
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
-from reward_model.score import load_reward_model
 from rollout.batch import RolloutBatch
 from rollout.engine import RolloutEngine, SamplingOptions
 from rollout.open import open_engine
@@ -94,13 +95,14 @@ def run(stage: Stage) -> dict[str, Any]:
         for update in range(done + 1, ppo.updates + 1):
             training.seconds = {}
             with training.timed("rollout"):
-                batch = sample(training, update)
+                batch, prompts = sample(training, update)
             with training.timed("experience"):
                 experience = make_experience(
                     training.roles,
                     batch,
                     ppo,
                     training.controller.kl_coef,
+                    prompts,
                     scale=training.scale,
                     logprob_tolerance=stage.recipe.rollout.logprob_tolerance,
                 )
@@ -127,37 +129,34 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def set_up(stage: Stage) -> Run:
-    """Loads data, the four models and the engine; refuses what would train garbage before any model is loaded."""
+    """Loads data, the models and the engine; refuses what would train garbage before any model is loaded."""
     recipe, ppo = stage.recipe, stage.recipe.ppo
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the ppo stage runs in one process.", mend="Start it with `tristage ppo`.")
-    policy_input, reward_input = stage.inputs["policy"], stage.inputs["reward_model"]
+    policy_input = stage.inputs["policy"]
     tokenizer = load_tokenizer(policy_input.path, recipe.model)
     stage.record_tokenizer(tokenizer)
-    normalisation = admit(reward_input, policy_input, tokenizer, force=ppo.force, say=stage.say)
     judges = load_judges(recipe.eval)
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     train, held_out = _prompts(stage, encoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = recipe.model.dtype == "bfloat16"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
+    rewards = load_rewards(stage, encoder, train, device, autocast)
+    critic = load_critic(stage, rewards, encoder).to(device)
     policy = load_policy(policy_input.path, "float32", device)
     check_projection(policy, policy_input.path)
     reference = load_policy(policy_input.path, "float32", device).requires_grad_(False)
-    critic = load_value_model(
-        reward_input.path, "float32", mean=normalisation.mean, std=normalisation.std, head=ppo.critic_head
-    ).to(device)
     disable_dropout(policy)
     disable_dropout(reference)
     roles = Roles(
         policy=policy.eval(),
         reference=reference.eval(),
         critic=critic.eval(),
-        reward_model=load_reward_model(reward_input.path, torch.float32, device),
-        normalisation=normalisation,
+        rewards=rewards,
         temperature=recipe.rollout.temperature,
         max_tokens=ppo.max_tokens_per_micro_batch,
-        autocast=partial(torch.autocast, device.type, torch.bfloat16)
-        if recipe.model.dtype == "bfloat16"
-        else nullcontext,
+        autocast=autocast,
     )
     if ppo.kl_target_per_sequence is None:
         controller = FixedKLController(ppo.kl_coef)
@@ -193,15 +192,20 @@ def resume(training: Run) -> int:
     return done
 
 
-def sample(training: Run, update: int) -> RolloutBatch:
-    """Responses of the current policy to this update's prompts; order and seeds depend on the update alone."""
+def sample(training: Run, update: int) -> tuple[RolloutBatch, list[Prompt]]:
+    """Responses of the current policy to this update's prompts, and their records.
+
+    Order and seeds depend on the update alone.
+    """
     recipe, size = training.recipe, training.recipe.ppo.rollout_batch_size
     chosen = prompt_indices(len(training.prompts), size, update, recipe.seed)
-    prompts = [training.prompts[index].ids for index in chosen]
+    prompts = [training.prompts[index] for index in chosen]
+    prompt_ids = [prompt.ids for prompt in prompts]
     seeds = numpy.random.SeedSequence((recipe.seed, update)).generate_state(size).tolist()
     sampling = SamplingOptions(recipe.data.max_response_tokens, recipe.rollout.temperature)
-    completions = training.engine.generate(prompts, sampling, seeds)
-    return RolloutBatch.from_completions(prompts, completions, training.encoder.pad_token_id)
+    completions = training.engine.generate(prompt_ids, sampling, seeds)
+    batch = RolloutBatch.from_completions(prompt_ids, completions, training.encoder.pad_token_id)
+    return batch, [prompt.prompt for prompt in prompts]
 
 
 def prompt_indices(prompts: int, size: int, update: int, seed: int) -> list[int]:
@@ -334,9 +338,6 @@ def _say_arithmetic(stage: Stage, roles: Roles, engine: RolloutEngine) -> None:
     ppo = stage.recipe.ppo
     size = sum(p.numel() for p in roles.policy.parameters()) / 1e6
     stage.say(f"policy {size:.1f}M parameters, rollouts by {engine.name} {engine.version}")
-    stage.say(
-        f"critic starts from the reward model, its head {'kept' if ppo.critic_head == 'reward_model' else 'zero'}"
-    )
     stage.say(batch_arithmetic(ppo))
 
 

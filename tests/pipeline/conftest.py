@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,31 @@ def save_tiny_tokenizer(directory: Path, *, pad: str | None = "<pad>", chat_temp
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token=pad)
     tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def save_other_tokenizer(directory: Path, *, words: Sequence[str] | None = None) -> Path:
+    """Byte-level BPE of 280 tokens without BOS whose EOS is 1 and padding 2; or `words` only, all else unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<end>", "<fill>"]
+    if words is None:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        core.train_from_iterator(["quiet quiet wonder old old"], trainer)
+    else:
+        core = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special, *words])}, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<end>", pad_token="<fill>", chat_template=CHAT_TEMPLATE
+    )
     tokenizer.save_pretrained(directory)
     return directory
 

@@ -12,7 +12,7 @@ from pipeline.artifacts import finish
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.runner import plan, prepare, run_stage
-from pipeline.stages import STAGES, differences, fingerprint, input_paths
+from pipeline.stages import STAGES, differences, fingerprint, input_paths, wanted_as
 
 TREE: dict[str, Any] = {
     "name": "tiny",
@@ -143,6 +143,73 @@ def test_a_chat_template_file_counts_by_its_contents() -> None:
     Path("t.jinja").write_text("{{ b }}")
     assert mark_of("sft", templated) != before
     mark_of("sft", recipe(model={"chat_template": "{{ long }}\n" * 500}))
+
+
+REWARDS = {"ppo": {"rewards": {"mine": {"function": "my.rewards:f", "kwargs": {"table": "counts.json"}}}}}
+
+
+def test_ppo_on_functions_alone_wants_no_reward_model() -> None:
+    made_with = recipe(**REWARDS)
+    make_stage("sft", made_with)
+    assert input_paths(made_with, "ppo", {}) == {"policy": "runs/tiny/sft"}
+    make_stage("ppo", made_with)
+    assert states(made_with)["ppo"] == "done"
+
+
+@pytest.mark.parametrize("file", ["my/rewards.py", "my/rewards/__init__.py", "counts.json"])
+def test_a_reward_function_counts_by_its_source_and_its_files(file: str) -> None:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("1")
+    made_with = recipe(**REWARDS)
+    make_stage("sft", made_with)
+    make_stage("ppo", made_with)
+    Path(file).write_text("2")
+    (planned,) = [stage for stage in plan(made_with) if stage.name == "ppo"]
+    assert (planned.state, planned.note.rpartition("now: ")[2]) == ("stale", f"the file {file}.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"weight": 2.0}, "ppo.rewards.mine.weight (1.0 -> 2.0)"),
+        ({"function": "my.rewards:g"}, "ppo.rewards.mine.function (my.rewards:f -> my.rewards:g)"),
+        ({"kwargs": {"table": 1}}, "ppo.rewards.mine.kwargs.table (counts.json -> 1), the file counts.json"),
+    ],
+)
+def test_what_a_reward_source_is_counts(changes: dict[str, Any], difference: str) -> None:
+    base = recipe(**REWARDS)
+    inputs = {"policy": "model"}
+    changed = recipe(ppo={"rewards": {"mine": {**REWARDS["ppo"]["rewards"]["mine"], **changes}}})
+    found = differences(fingerprint(base, "ppo", inputs), fingerprint(changed, "ppo", inputs))
+    assert ", ".join(found) == difference
+
+
+def test_models_of_rewards_and_critic_are_inputs_that_count_by_their_contents(here: Path) -> None:
+    def made_with(place: str) -> Recipe:
+        rewards = {"a": {"model": "rm"}, "b": {"model": f"{place}/other"}}
+        return recipe(ppo={"rewards": rewards, "critic": f"{place}/critic"})
+
+    make_all(recipe())
+    for place in ("here", "there"):
+        for kind in ("other", "critic"):
+            (here / place / kind).mkdir(parents=True)
+            (here / place / kind / "config.json").write_text("{}")
+    paths = input_paths(made_with("here"), "ppo", {})
+    assert paths == {
+        "policy": "runs/tiny/sft",
+        "reward_model": "runs/tiny/rm",
+        "rewards.b": "here/other",
+        "critic": "here/critic",
+    }
+    assert wanted_as(made_with("here"), "ppo", "rewards.b", "here/other") == "ppo.rewards.b.model"
+    assert mark_of("ppo", made_with("here")) == mark_of("ppo", made_with("there"))
+    before = fingerprint(made_with("here"), "ppo", paths)
+    for kind, role in (("other", "rewards.b"), ("critic", "critic")):
+        (here / "here" / kind / "config.json").write_text('{"a": 1}')
+        after = fingerprint(made_with("here"), "ppo", paths)
+        assert differences(before, after) == [f"the contents of the input {role}"]
+        before = after
+    assert mark_of("ppo", recipe(ppo={"critic": "policy"})) != mark_of("ppo", recipe())
 
 
 def test_a_remade_input_makes_its_users_stale() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from policy.models import disable_dropout, load_policy, load_value_model
 from policy.ppo.experience import Roles
+from policy.ppo.rewards import ModelReward, Rewards
 from reward_model.score import Normalisation, load_reward_model
 from rollout.batch import Completion, RolloutBatch
 
@@ -63,11 +65,15 @@ def make_roles(policy_dir: Path, reward_dir: Path, *, max_tokens: int = 10_000, 
         critic=load_value_model(
             reward_dir, "float32", mean=normalisation.mean, std=normalisation.std, head="reward_model"
         ).eval(),
-        reward_model=load_reward_model(reward_dir, torch.float32, "cpu"),
-        normalisation=normalisation,
+        rewards=Rewards({"rm": make_source(reward_dir, normalisation, max_tokens)}, {"rm": 1.0}),
         temperature=temperature,
         max_tokens=max_tokens,
     )
+
+
+def make_source(reward_dir: Path, normalisation: Normalisation, max_tokens: int = 10_000) -> ModelReward:
+    model = load_reward_model(reward_dir, torch.float32, "cpu")
+    return ModelReward(str(reward_dir), model, normalisation, max_tokens, nullcontext)
 
 
 def make_batch(extra_prompt_padding: int = 0, extra_response_padding: int = 0) -> RolloutBatch:

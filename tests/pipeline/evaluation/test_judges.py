@@ -14,11 +14,22 @@ MODULE = """
 def longer(prompts, responses, unit=1):
     return [len(p + r) / unit for p, r in zip(prompts, responses)]
 
+def empties(prompts, responses):
+    prompts.clear()
+    responses.clear()
+    return [0.0, 0.0]
+
 def short_list(prompts, responses):
     return [0.0]
 
 def nan_on_empty(prompts, responses):
     return [float("nan") if not r else 1.0 for r in responses]
+
+def drops_the_empty(prompts, responses):
+    return [1.0 for r in responses if r]
+
+def numbers_as_text(prompts, responses):
+    return ["1" for _ in responses]
 
 def text(prompts, responses):
     return ["high" for _ in responses]
@@ -59,6 +70,12 @@ def test_kwargs_are_bound_and_numbers_are_floats(judges_module: str) -> None:
     assert judge(["ab", "c"], ["cd", ""]) == [2.0, 0.5]
 
 
+def test_a_judge_gets_lists_of_its_own(judges_module: str) -> None:
+    prompts, responses = ["ab", "c"], ["cd", ""]
+    assert _load(f"{judges_module}:empties")(prompts, responses) == [0.0, 0.0]
+    assert (prompts, responses) == (["ab", "c"], ["cd", ""])
+
+
 def test_no_judges_give_none() -> None:
     assert load_judges(EvalSection()) == {}
 
@@ -66,12 +83,14 @@ def test_no_judges_give_none() -> None:
 @pytest.mark.parametrize(
     ("function", "problem"),
     [
-        ("short_list", "returned 1 values for 2 responses"),
+        ("short_list", "the whole batch: returned 1 values for 2 responses"),
         ("nan_on_empty", r"row 1 \(''\): returned nan, which is not a finite number"),
         ("text", "row 0 .*returned 'high', which is not a finite number"),
         ("raises_on_empty", r"row 1 \(''\): ZeroDivisionError"),
         ("raises_on_batches", "the whole batch: RuntimeError: one at a time"),
-        ("single_number", "returned float for 2 responses"),
+        ("single_number", r"row 0 \('good'\): returned float for 1 responses"),
+        ("drops_the_empty", r"row 1 \(''\): returned 0 values for 1 responses"),
+        ("numbers_as_text", "row 0 .*returned '1', which is not a finite number"),
     ],
 )
 def test_a_bad_answer_names_judge_and_row(judges_module: str, function: str, problem: str) -> None:

@@ -78,7 +78,7 @@ def test_verdict_counts_the_clear_ones() -> None:
 def test_verdict_warns_of_a_score_that_no_judge_confirms() -> None:
     before = _report(BASE, score=[0.0, 0.0, 0.1, 0.1])
     verdict = _verdict(_report(NOISE, score=[1.0, 1.0, 1.1, 1.1]), before)
-    assert "The reward-model score rose by +1.000 [1.000, 1.000]." in verdict
+    assert "The reward score rose by +1.000 [1.000, 1.000]." in verdict
     assert "no gold judge did" in verdict
     assert "no gold judge did" not in _verdict(_report(UP, score=[1.0, 1.0, 1.1, 1.1]), before)
 
@@ -124,7 +124,7 @@ def test_terminal_table_fits_and_holds_every_figure(width: int) -> None:
     for figure in (
         "judge vader",
         "+0.200",
-        "reward-model score",
+        "reward score",
         "1.050",
         "6.25",
         "[6.00, 6.50]",

@@ -30,7 +30,8 @@ def test_shaped_scores_follow_the_reward_model_read_at_the_last_token(policy_dir
             hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
             raw = model.score(hidden).item()
         penalty = 0.0 if response[-1] == EOS else 2.0
-        assert experience.scores[row].item() == pytest.approx(raw, abs=1e-5)
+        assert experience.scores[row].item() == pytest.approx((raw - 0.3) / 0.7, abs=1e-5)
+        assert experience.source_scores["rm"][row] == experience.scores[row]
         assert experience.shaped_scores[row].item() == pytest.approx((raw - 0.3) / 0.7 - penalty, abs=1e-5)
 
 

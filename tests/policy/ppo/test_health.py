@@ -15,6 +15,7 @@ from pipeline.recipe import PpoSection
 from policy.models import load_policy
 from policy.ppo.experience import Roles, engine_gap, experience_metrics, make_experience
 from policy.ppo.health import WINDOW, Health, Verdict
+from policy.ppo.rewards import ModelReward, Rewards
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
 from reward_model.score import Normalisation, backbone_and_head, right_pad
 from rollout.batch import RolloutBatch
@@ -201,7 +202,10 @@ def test_a_reward_for_brevity_ends_in_empty_responses_and_no_entropy(policy_dir:
 
 
 def test_scores_without_scale_are_out_of_reach_for_a_clipped_critic(policy_dir: Path, roles: Roles) -> None:
-    unscaled = replace(roles, normalisation=Normalisation(mean=0.0, std=0.01))
+    source = roles.rewards.sources["rm"]
+    assert isinstance(source, ModelReward)
+    scaled_up = replace(source, normalisation=Normalisation(mean=0.0, std=0.01))
+    unscaled = replace(roles, rewards=Rewards({"rm": scaled_up}, {"rm": 1.0}))
     ppo = PPO.model_copy(update={"score_clip": None})
     health = _train(policy_dir, unscaled, 3, ppo=ppo)
     assert "value_clip" in _names(health)

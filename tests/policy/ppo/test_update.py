@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 
 from pipeline.recipe import PpoSection
 from policy.ppo.experience import Experience, Roles, make_experience
+from policy.ppo.rewards import ModelReward
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
 from reward_model.score import backbone_and_head
 from tests.policy.conftest import VOCABULARY, make_batch, make_roles
@@ -111,7 +112,7 @@ def test_result_in_float64_is_the_same_for_any_micro_batch_padding_and_order(
             for name, value in vars(experience).items()
             if isinstance(value, torch.Tensor)
         }
-        _trained(roles, Experience(batch=padded.select(order), **tensors), ppo)
+        _trained(roles, replace(experience, batch=padded.select(order), **tensors), ppo)
         return [p.detach() for p in (*roles.policy.parameters(), *roles.critic.parameters())]
 
     expected = weights(10_000, (0, 0), [0, 1, 2, 3, 4, 5])
@@ -221,7 +222,9 @@ def test_a_score_that_is_not_finite_spoils_every_minibatch_and_its_row_is_named(
     policy_dir: Path, reward_dir: Path
 ) -> None:
     roles = make_roles(policy_dir, reward_dir)
-    _forget(roles.reward_model.get_input_embeddings(), 26)
+    source = roles.rewards.sources["rm"]
+    assert isinstance(source, ModelReward)
+    _forget(source.model.get_input_embeddings(), 26)
     before = [parameter.clone() for parameter in [*roles.policy.parameters(), *roles.critic.parameters()]]
     _, learner = _trained(roles, make_experience(roles, make_batch(), PPO, 0.1), PPO)
     assert (learner.skipped_steps, learner.skipped_rows) == (6, [[3]] * 6)
