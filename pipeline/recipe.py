@@ -226,7 +226,7 @@ class PpoSection(Section):
     max_skipped_steps: Annotated[Integer, Field(ge=0)] = 3
     """Optimiser steps of the run that may be skipped for a loss or gradient that is not finite, before it stops."""
     force: bool = False
-    """Starts although the reward model does not pass the gate: accuracy, normalisation, tokenizer, chat template."""
+    """Starts although the reward model does not pass the gate: accuracy, normalisation, chat template."""
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> PpoSection:
