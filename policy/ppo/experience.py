@@ -20,12 +20,13 @@ from policy.ppo.maths import (
     explained_variance,
     gae,
     importance_weights,
+    kl_estimate,
     length_penalty,
     missing_eos_penalty,
     token_rewards,
 )
 from policy.ppo.rewards import Rewards
-from policy.tensors import masked_mean, masked_var, masked_whiten
+from policy.tensors import masked_mean, masked_sum, masked_var, masked_whiten
 from reward_model.score import token_batches
 from rollout.batch import RolloutBatch
 
@@ -175,17 +176,21 @@ def critic_values(roles: Roles, batch: RolloutBatch) -> Tensor:
 def experience_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:
     """What an update's experience says, under the names of trl's PPOTrainer; all means are masked.
 
-    `objective/kl_error` is the standard error of `objective/kl`, NaN for a single sequence.
+    `objective/kl_error` is the standard error of `objective/kl`, NaN for a single sequence; `objective/kl_k3` the same
+    divergence by the estimate that is never negative. `rollout/importance_weight` is 1 where no weights are used.
     """
     mask = experience.batch.response_mask
     rows = mask.shape[0]
     kl_sums = experience.kl.sum(1)
     kl, scores = kl_sums.mean().item(), experience.shaped_scores.mean().item()
+    old, ref = experience.old_logprobs, experience.ref_logprobs
+    weights = torch.ones_like(old) if experience.weights is None else experience.weights
     return {
         "objective/scores": scores,
         "objective/raw_scores": experience.scores.mean().item(),
         **{f"objective/scores/{name}": each.mean().item() for name, each in experience.source_scores.items()},
         "objective/kl": kl,
+        "objective/kl_k3": masked_sum(kl_estimate(old, ref, "k3"), mask).item() / rows,
         "objective/kl_error": ((kl_sums - kl).square().sum() / (rows * (rows - 1))).sqrt().item(),
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": scores - kl_coef * kl,
@@ -194,6 +199,7 @@ def experience_metrics(experience: Experience, kl_coef: float) -> dict[str, floa
         "policy/entropy_avg": masked_mean(experience.entropy, mask).item(),
         "val/explained_variance": explained_variance(experience.values, experience.returns, mask).item(),
         "val/returns_std": masked_var(experience.returns, mask).sqrt().item(),
+        "rollout/importance_weight": masked_mean(weights, mask).item(),
         "response/length": mask.sum(1).float().mean().item(),
         "response/eos_rate": experience.batch.finished.float().mean().item(),
     }

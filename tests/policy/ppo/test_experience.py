@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.errors import UserError
 from pipeline.recipe import PpoSection, Recipe
-from policy.ppo.experience import check_engine, make_experience
+from policy.ppo.experience import check_engine, experience_metrics, make_experience
 from rollout.batch import RolloutBatch
 from rollout.engine import EngineOptions, SamplingOptions
 from rollout.hf_engine import TransformersEngine
@@ -70,6 +71,27 @@ def test_micro_batches_and_padding_change_nothing(
     for name in FIELDS:
         assert torch.allclose(vars(got)[name][:, :width], vars(expected)[name], atol=2e-5), name
         assert (vars(got)[name][:, width:] == 0).all(), name
+
+
+def test_metrics_report_both_estimates_of_the_kl_and_the_weights(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    with torch.no_grad():
+        roles.reference.lm_head.weight.mul_(0.7)
+    ppo = PPO.model_copy(update={"importance_level": "token", "importance_high": 3.0})
+    experience = make_experience(roles, make_batch(), ppo, kl_coef=0.1)
+    metrics = experience_metrics(experience, 0.1)
+    k1, k3, weights = [], [], []
+    for row, response in enumerate(RESPONSES):
+        gaps = [float(experience.old_logprobs[row, t] - experience.ref_logprobs[row, t]) for t in range(len(response))]
+        k1.append(sum(gaps))
+        k3.append(sum(math.exp(-gap) - 1 + gap for gap in gaps))
+        weights += [min(3.0, math.exp(float(experience.old_logprobs[row, t]) + 1.0)) for t in range(len(response))]
+    assert metrics["objective/kl"] == pytest.approx(sum(k1) / 6, rel=1e-5)
+    assert metrics["objective/kl_k3"] == pytest.approx(sum(k3) / 6, rel=1e-5)
+    assert metrics["rollout/importance_weight"] == pytest.approx(sum(weights) / len(weights), rel=1e-5)
+    agreeing = make_experience(roles, make_batch(), ppo, kl_coef=0.1, logprob_tolerance=1e3)
+    assert agreeing.weights is None
+    assert experience_metrics(agreeing, 0.1)["rollout/importance_weight"] == 1.0
 
 
 def _rollout(policy_dir: Path) -> RolloutBatch:
