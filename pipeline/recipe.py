@@ -49,6 +49,16 @@ class Prepare(Section):
         return self
 
 
+class LoraSection(Section):
+    """Low-rank adapters, wherever a stage trains one instead of the whole model."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    """The adapter's product is multiplied by alpha / rank."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of linear layers, such as `q_proj`; null means all of the model's trunk."""
+
+
 class ModelSection(Section):
     """The pretrained model that the pipeline starts from."""
 
@@ -59,6 +69,7 @@ class ModelSection(Section):
     """Jinja template, or the path of a file that holds one; default: the tokenizer's own."""
     pad_token: str | None = None
     """Existing token to pad with, for tokenizers whose pad token is missing or equals the EOS token."""
+    lora: LoraSection = LoraSection()
 
 
 class DataSource(Section):
@@ -111,6 +122,8 @@ class RmSection(Section):
     """Weight of the squared sum of a pair's scores, which keeps their mean near zero."""
     normalisation_samples: Count = 512
     """SFT responses that are scored to fix the mean and standard deviation which PPO normalises with."""
+    lora: bool = False
+    """Train an adapter and the head over the frozen policy, which `ppo.sharing: lora` can share."""
     trainer: TrainerArguments = {}
     """trl.RewardConfig settings."""
 
@@ -152,9 +165,15 @@ class PpoSection(Section):
     """Reward model directory; default: the RM stage's artifact."""
     rewards: Annotated[dict[SourceName, RewardSource], Field(min_length=1)] = {TRAINED: RewardSource(model=TRAINED)}
     """Sources of the score by name: it is the sum of weight * source."""
+    sharing: Literal["full", "lora_policy", "lora"] = "full"
+    """`full`: policy, reference, critic and reward model are models of their own; `lora_policy`: the policy is an
+    adapter over the reference; `lora`: so are the critic and every reward model trained with `rm.lora`."""
     critic: str = "reward_model"
     """Its start: `reward_model`, the first one with the policy's tokenizer, or the policy where there is none;
-    `policy`, with a zero head; or the directory of a sequence classifier with one output."""
+    `policy`, with a zero head; `shared`, a zero head on the policy's own trunk, so that one forward serves both;
+    or the directory of a sequence classifier with one output."""
+    value_coef: NonNegative = 0.1
+    """Weight of the critic's loss in the policy's, where they share a trunk (`critic: shared`)."""
     updates: Count = 100
     """Rollout batches sampled and learnt from."""
     rollout_batch_size: Count = 64
@@ -165,6 +184,8 @@ class PpoSection(Section):
     """Optimiser steps per pass: each minibatch is one step of rollout_batch_size / num_minibatches sequences."""
     max_tokens_per_micro_batch: Count = 16384
     """Padded tokens in one forward; bounds memory, never changes the result."""
+    gradient_checkpointing: bool = False
+    """Keep a layer's input only and compute the layer again in the backward pass: less memory, a third more time."""
     learning_rate: Positive = 3e-6
     critic_learning_rate: Positive = 1e-5
     lr_schedule: Literal["linear", "constant"] = "linear"

@@ -77,12 +77,20 @@ NOT_DECISIVE = {
     "data": {"sft", "preferences", "prompts"},
     "sft": {"init_from"},
     "rm": {"init_from"},
-    "ppo": {"policy", "reward_model", "max_tokens_per_micro_batch", "save_every", "max_skipped_steps", "force"},
+    "ppo": {
+        "policy",
+        "reward_model",
+        "max_tokens_per_micro_batch",
+        "gradient_checkpointing",
+        "save_every",
+        "max_skipped_steps",
+        "force",
+    },
     "rollout": {"kv_cache_gib", "gpu_memory_utilization", "logprob_tolerance"},
 }
 """Keys outside the fingerprint: paths, for which the contents they lead to stand in, and what no result depends on."""
 NOT_DECISIVE_TRAINER = ("save_", "logging_")
-CRITIC_STARTS = ("reward_model", "policy")
+CRITIC_STARTS = ("reward_model", "policy", "shared")
 """Values of `ppo.critic` that are no path."""
 
 

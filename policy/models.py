@@ -1,16 +1,14 @@
-"""The only `from_pretrained` of the policy packages: policies, the frozen reference and the value model."""
+"""Policies and the frozen reference: loaded, saved, and asked for the log-probabilities of responses."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,13 +16,10 @@ from transformers import (
 
 from pipeline.errors import UserError
 from policy.tensors import TokenScores, logprobs_from_hidden, position_ids, shifted_response_hidden
-from reward_model.score import HEAD_NAMES, Normalisation, backbone_and_head, load_reward_model
 from rollout.batch import RolloutBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOLERANCE = 1e-2
-AFFINE = "value_mean_and_std"
-"""Key of a critic's configuration under which `ValueModel` keeps its affine map."""
 
 
 def cast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
@@ -63,17 +58,24 @@ def disable_dropout(model: nn.Module) -> None:
             vars(module)["attention_dropout"] = 0.0
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
     """Writes weights, configuration and tokenizer so that `from_pretrained(directory)` works as it is.
 
-    The generation configuration names the special tokens only: sampling settings belong to the recipe.
+    `weights` stand in for the model's own, as where an adapter was merged. The generation configuration names the
+    special tokens only: sampling settings belong to the recipe.
     """
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model.save_pretrained(directory)
+    state = None if weights is None else dict(weights)
+    model.save_pretrained(directory, state_dict=state)
     tokenizer.save_pretrained(directory)
 
 
@@ -84,8 +86,22 @@ def response_scores(
 
     Runs the trunk once and projects response positions only: [B,S,V] logits never exist.
     """
-    hidden = _trunk(model, batch)
-    hidden = shifted_response_hidden(hidden, batch.prompt_ids.shape[1], batch.response_ids.shape[1])
+    return token_scores(model, response_hidden(model, batch), batch, temperature, with_entropy=with_entropy)
+
+
+def response_hidden(model: PreTrainedModel, batch: RolloutBatch) -> Tensor:
+    """The trunk's last hidden states [B,R,D], each before the response token that it predicts."""
+    mask = batch.attention_mask
+    hidden = model.base_model(
+        input_ids=batch.input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+    ).last_hidden_state
+    return shifted_response_hidden(hidden, batch.prompt_ids.shape[1], batch.response_ids.shape[1])
+
+
+def token_scores(
+    model: PreTrainedModel, hidden: Tensor, batch: RolloutBatch, temperature: float, *, with_entropy: bool = True
+) -> TokenScores:
+    """`response_scores` from the hidden states [B,R,D] that `response_hidden` gave."""
     mask = batch.response_mask
     head = output_head(model)
     scores = logprobs_from_hidden(
@@ -125,84 +141,3 @@ def check_projection(model: PreTrainedModel, path: str | Path) -> None:
             f"ppo.policy: {path} ({type(model).__name__}) changes its logits after the output projection.",
             mend="Use an architecture with a plain output head, such as Llama, Qwen2, Mistral or GPT-NeoX.",
         )
-
-
-class ValueModel(nn.Module):
-    """The critic: a sequence classifier's trunk and scalar head, read before every response token.
-
-    The outputs pass through the same affine map (score - mean) / std as the reward model's scores, so that a critic
-    started from the reward model predicts normalised scores from the first update on. The configuration keeps the map,
-    for a run that starts from the saved critic.
-    """
-
-    def __init__(self, model: PreTrainedModel, mean: float, std: float) -> None:
-        super().__init__()
-        self.model = model
-        self.mean, self.std = mean, std
-        model.config.update({AFFINE: [mean, std]})
-
-    def forward(self, batch: RolloutBatch) -> Tensor:
-        """Values [B,R], in float32 at least: entry t is the value of the state before response token t."""
-        _, head = backbone_and_head(self.model)
-        hidden = _trunk(self.model, batch)
-        hidden = shifted_response_hidden(hidden, batch.prompt_ids.shape[1], batch.response_ids.shape[1])
-        values = head(hidden).squeeze(-1)
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        return ((values - self.mean) / self.std) * batch.response_mask
-
-
-def load_value_model(
-    path: str | Path, dtype: str, *, mean: float, std: float, head: Literal["reward_model", "zero"]
-) -> ValueModel:
-    """A critic started from the sequence classifier with one output at `path`, its head kept or set to zero."""
-    model = load_reward_model(path, DTYPES[dtype], "cpu")
-    model.requires_grad_(True)
-    if head == "zero":
-        _zero_head(model)
-        mean, std = 0.0, 1.0
-    disable_dropout(model)
-    return ValueModel(model, mean, std)
-
-
-def load_value_model_of_policy(path: str | Path, dtype: str) -> ValueModel:
-    """A critic with the trunk of the policy at `path` and a zero head, so that every value starts at 0.
-
-    Errors:
-        UserError: the architecture has no sequence classifier, or the trunk's weights are not in `path`.
-    """
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=DTYPES[dtype], output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no critic could be made of the policy {path}: {error}",
-            mend="Set ppo.critic to the directory of a sequence classifier with one output.",
-        ) from error
-    lost = sorted(key for key in report["missing_keys"] if key.partition(".")[0] not in HEAD_NAMES)
-    if lost:
-        raise UserError(
-            f"{path}: its weights do not fit {type(model).__name__}; missing: {', '.join(lost[:4])}.",
-            mend="Set ppo.critic to the directory of a sequence classifier with one output.",
-        )
-    _zero_head(model)
-    disable_dropout(model)
-    return ValueModel(model, 0.0, 1.0)
-
-
-def saved_affine(path: str | Path) -> Normalisation | None:
-    """The map that a critic saved at `path` was trained behind; None for another classifier."""
-    kept = AutoConfig.from_pretrained(path).to_dict().get(AFFINE)
-    return None if kept is None else Normalisation(*kept)
-
-
-def _zero_head(model: PreTrainedModel) -> None:
-    for parameter in backbone_and_head(model)[1].parameters():
-        nn.init.zeros_(parameter)
-
-
-def _trunk(model: PreTrainedModel, batch: RolloutBatch) -> Tensor:
-    mask = batch.attention_mask
-    return model.base_model(
-        input_ids=batch.input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-    ).last_hidden_state

@@ -208,6 +208,7 @@ class _ChunkedTokenScores(torch.autograd.Function):
                 entropy[rows] = -_p_logp(logp.exp(), logp).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, ids)
         ctx.options = options
+        ctx.set_materialize_grads(False)
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -215,11 +216,13 @@ class _ChunkedTokenScores(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator is untyped)
-        ctx: Any, *grad_outputs: Tensor
+        ctx: Any, *grad_outputs: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grad_outputs
         hidden, weight, bias, ids = ctx.saved_tensors
-        temperature, chunk_size, with_entropy, dtype = ctx.options
+        temperature, chunk_size, _, dtype = ctx.options
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=ids.device)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         matrix = weight.to(dtype)
         d_hidden = torch.empty_like(hidden) if want_hidden else None
@@ -231,7 +234,7 @@ class _ChunkedTokenScores(torch.autograd.Function):
             logp = _chunk_logp(h, matrix, bias, temperature)
             p = logp.exp()
             slope = -grad_logprobs[rows, None] * p
-            if with_entropy:
+            if grad_entropy is not None:
                 p_logp = _p_logp(p, logp)
                 slope -= grad_entropy[rows, None] * (p_logp - p * p_logp.sum(-1, keepdim=True))
             slope.scatter_add_(-1, ids[rows, None], grad_logprobs[rows, None])

@@ -116,9 +116,42 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
     return body, heads[0]
 
 
+def read_head(directory: Path) -> nn.Linear:
+    """The head of the sequence classifier saved in `directory`, in float32, without the rest of the model."""
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            found |= {k: weights.get_tensor(k).float() for k in weights.keys() if k.partition(".")[0] in HEAD_NAMES}  # noqa: SIM118
+    state = {key.partition(".")[2]: tensor for key, tensor in found.items()}
+    if "weight" not in state:
+        raise UserError(
+            f"{directory}: its weights hold no head named {' or '.join(HEAD_NAMES)}.",
+            mend="Give the directory of an `rm` stage.",
+        )
+    head = nn.Linear(state["weight"].shape[1], state["weight"].shape[0], bias="bias" in state)
+    head.load_state_dict(state)
+    return head.requires_grad_(False)
+
+
 @torch.no_grad()
 def score_responses(
     model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    response_ids: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 16384,
+) -> Tensor:
+    """`score_with` the backbone and the head of a sequence classifier."""
+    backbone, head = backbone_and_head(model)
+    return score_with(backbone, head, prompt_ids, response_ids, max_tokens=max_tokens)
+
+
+@torch.no_grad()
+def score_with(
+    backbone: nn.Module,
+    head: nn.Linear,
     prompt_ids: Sequence[Sequence[int]],
     response_ids: Sequence[Sequence[int]],
     *,
@@ -135,14 +168,14 @@ def score_responses(
     empty = [index for index, answer in enumerate(response_ids) if not len(answer)]
     if empty:
         raise ValueError(f"response {empty[0]} has no tokens; a score is read at its last one")
-    backbone, head = backbone_and_head(model)
+    device = head.weight.device
     scores = torch.empty(len(rows), dtype=torch.float32)
     for batch in token_batches([len(row) for row in rows], max_tokens):
         input_ids, attention_mask = right_pad([rows[index] for index in batch])
         last = attention_mask.sum(dim=1) - 1
         hidden = backbone(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
             use_cache=False,
         ).last_hidden_state
         at_last = hidden[torch.arange(len(batch), device=hidden.device), last.to(hidden.device)]
@@ -150,14 +183,17 @@ def score_responses(
     return scores
 
 
-def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def token_batches(lengths: Sequence[int], max_tokens: int, enough: int | None = None) -> Iterator[list[int]]:
     """Indices in batches of similar length: batch size x longest length <= `max_tokens`, longest first.
 
-    A single sequence over the limit is a batch of its own.
+    A single sequence over the limit is a batch of its own. A batch of `enough` tokens also ends before a sequence
+    shorter than 7/8 of its longest.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
+        full = batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens
+        padded = batch and enough is not None and len(batch) * lengths[batch[0]] >= enough
+        if full or (padded and 8 * lengths[index] < 7 * lengths[batch[0]]):
             yield batch
             batch = []
         batch.append(index)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import UserError
 from pipeline.recipe import PpoSection, Recipe
 from pipeline.records import Prompt
-from policy.models import ValueModel, response_scores
+from policy.models import response_hidden, response_scores, token_scores
 from policy.ppo.controllers import RunningScale
 from policy.ppo.maths import (
     ImportanceOptions,
@@ -25,32 +25,22 @@ from policy.ppo.maths import (
     missing_eos_penalty,
     token_rewards,
 )
-from policy.ppo.rewards import Rewards
-from policy.tensors import masked_mean, masked_sum, masked_var, masked_whiten
+from policy.ppo.roles import Roles
+from policy.tensors import TokenScores, masked_mean, masked_sum, masked_var, masked_whiten
 from reward_model.score import token_batches
 from rollout.batch import RolloutBatch
 
+ENOUGH_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens in one forward beyond which a device gains less by more of them than it loses by padding."""
+
 
 @dataclass(frozen=True)
-class Roles:
-    """The four roles of PPO, on one device.
+class Pass:
+    """A forward over some rows of a batch: the policy's scores, and the critic's values as far as they are known."""
 
-    Attributes:
-        policy: trained; reference: its frozen start; critic: trained; rewards: frozen models and functions.
-    """
-
-    policy: PreTrainedModel
-    reference: PreTrainedModel
-    critic: ValueModel
-    rewards: Rewards
-    temperature: float
-    max_tokens: int
-    autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
-
-    @property
-    def device(self) -> torch.device:
-        """Where all models live."""
-        return self.policy.device
+    rows: list[int]
+    scores: TokenScores
+    values: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +55,8 @@ class Experience:
         scores [B]: weighted sum of the reward sources; shaped_scores [B]: scaled, clipped, less the penalties.
         source_scores: each source's scores [B] by its name, before the weight.
         weights [B,R]: importance weights of the engine's samples; None where engine and trainer agree.
+        passes: the forwards behind old_logprobs and values with their graphs, for the first optimiser step; () where
+            they are not kept.
     """
 
     batch: RolloutBatch
@@ -80,6 +72,7 @@ class Experience:
     shaped_scores: Tensor
     source_scores: Mapping[str, Tensor]
     weights: Tensor | None = None
+    passes: tuple[Pass, ...] = ()
 
 
 def make_experience(
@@ -92,7 +85,7 @@ def make_experience(
     scale: RunningScale | None = None,
     logprob_tolerance: float = 0.0,
 ) -> Experience:
-    """Scores `batch` with the four roles and computes advantages; no gradients.
+    """Scores `batch` with the four roles and computes advantages.
 
     `prompts` are the records of the batch's prompts, for reward functions and models with another tokenizer. `scale`
     is that of `ppo.score_scaling: running`. Importance weights are computed when `ppo.importance_level` asks for them
@@ -101,9 +94,9 @@ def make_experience(
     Advantages are whitened once over the whole rollout batch (ppo-details: OpenAI, OpenRLHF), never per micro-batch.
     """
     batch = batch.to(roles.device)
-    old_logprobs, entropy = policy_logprobs(roles, roles.policy, batch)
-    ref_logprobs, _ = policy_logprobs(roles, roles.reference, batch, with_entropy=False)
-    values = critic_values(roles, batch)
+    passes = forward_passes(roles, batch, reuse=ppo.num_minibatches == 1)
+    old_logprobs, entropy, values = gather_passes(passes, batch)
+    ref_logprobs = reference_logprobs(roles, batch)
     combined, source_scores = roles.rewards.scores(batch, prompts)
     mask = batch.response_mask
     scores = shape_scores(combined, batch, ppo, scale)
@@ -125,6 +118,7 @@ def make_experience(
         shaped_scores=scores,
         source_scores=source_scores,
         weights=_weights(batch, old_logprobs, ppo, logprob_tolerance),
+        passes=passes if passes[0].scores.logprobs.requires_grad else (),
     )
 
 
@@ -145,6 +139,62 @@ def _weights(batch: RolloutBatch, old_logprobs: Tensor, ppo: PpoSection, toleran
     return importance_weights(old_logprobs, batch.rollout_logprobs, batch.response_mask, options)
 
 
+def forward_passes(roles: Roles, batch: RolloutBatch, *, reuse: bool = False) -> tuple[Pass, ...]:
+    """Policy and critic over `batch` in length-sorted micro-batches.
+
+    With `reuse` the first optimiser step sees the whole batch. Where the graphs of all micro-batches also fit into the
+    token budget together, they are kept for it: the policy has not moved when that step is taken, so its forward would
+    only repeat this one.
+    """
+    slices = micro_batches(batch, roles.max_tokens)
+    keep = reuse and _padded_tokens(batch, slices) <= roles.max_tokens
+    with torch.set_grad_enabled(keep), training_mode(roles, keep):
+        passes = [forward_policy(roles, batch, rows, with_entropy=True) for rows in slices]
+        return tuple(
+            one if one.values is not None else replace(one, values=critic_values(roles, batch.select(one.rows)))
+            for one in passes
+        )
+
+
+def forward_policy(roles: Roles, batch: RolloutBatch, rows: list[int], *, with_entropy: bool) -> Pass:
+    """The policy over the rows `rows`, one micro-batch; with values where the critic is a head on the same trunk."""
+    part = batch.select(rows)
+    with roles.autocast():
+        hidden = response_hidden(roles.policy, part)
+        scores = token_scores(roles.policy, hidden, part, roles.temperature, with_entropy=with_entropy)
+        values = roles.critic.values(hidden, part) if roles.critic.on_policy else None
+    return Pass(rows, scores, values)
+
+
+def critic_values(roles: Roles, part: RolloutBatch) -> Tensor:
+    """Values [B,R] of the states before each response token of a micro-batch."""
+    with roles.autocast():
+        return roles.critic(part)
+
+
+def gather_passes(passes: Sequence[Pass], batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """old_logprobs, entropy and values [B,R] of the whole batch, float32, without their graphs."""
+    shape, device = batch.response_mask.shape, batch.response_mask.device
+    logprobs, entropy, values = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
+    for one in passes:
+        for whole, part in ((logprobs, one.scores.logprobs), (entropy, one.scores.entropy), (values, one.values)):
+            if part is not None:
+                whole[one.rows, : part.shape[1]] = part.detach().float()
+    return logprobs, entropy, values
+
+
+@contextmanager
+def training_mode(roles: Roles, on: bool = True) -> Iterator[None]:
+    """Policy and critic in training mode inside, which gradient checkpointing asks for; dropout is off in both."""
+    roles.policy.train(on)
+    roles.critic.train(on)
+    try:
+        yield
+    finally:
+        roles.policy.eval()
+        roles.critic.eval()
+
+
 @torch.no_grad()
 def policy_logprobs(
     roles: Roles, model: PreTrainedModel, batch: RolloutBatch, *, with_entropy: bool = True
@@ -162,15 +212,10 @@ def policy_logprobs(
     return logprobs, entropy
 
 
-@torch.no_grad()
-def critic_values(roles: Roles, batch: RolloutBatch) -> Tensor:
-    """Values [B,R] of the states before each response token."""
-    values = torch.zeros(batch.response_mask.shape, dtype=torch.float32, device=roles.device)
-    for rows in micro_batches(batch, roles.max_tokens):
-        part = batch.select(rows)
-        with roles.autocast():
-            values[rows, : part.response_ids.shape[1]] = roles.critic(part).float()
-    return values
+def reference_logprobs(roles: Roles, batch: RolloutBatch) -> Tensor:
+    """Log-probabilities [B,R] of the responses under the reference."""
+    with roles.acting_as_reference():
+        return policy_logprobs(roles, roles.reference, batch, with_entropy=False)[0]
 
 
 def experience_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:
@@ -216,15 +261,24 @@ def unsound_rows(roles: Roles, experience: Experience, rows: list[int]) -> list[
     sound = torch.stack([tensor.isfinite().all(1) for tensor in told]).all(0)
     if sound.all():
         part = experience.batch.select(rows)
-        logprobs, _ = policy_logprobs(roles, roles.policy, part, with_entropy=False)
-        sound[rows] = (logprobs + critic_values(roles, part)).isfinite().all(1)
+        logprobs, _, values = gather_passes(forward_passes(roles, part), part)
+        sound[rows] = (logprobs + values).isfinite().all(1)
     return (~sound).nonzero().flatten().tolist() or sorted(rows)
 
 
 def micro_batches(batch: RolloutBatch, max_tokens: int) -> list[list[int]]:
-    """Row indices in slices of similar length with at most `max_tokens` padded tokens each."""
+    """Row indices in slices of similar length with at most `max_tokens` padded tokens each.
+
+    A slice that has work enough for the device is closed where the next row would be mostly padding.
+    """
     lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).tolist()
-    return list(token_batches(lengths, max_tokens))
+    enough = ENOUGH_TOKENS["cuda" if batch.prompt_ids.is_cuda else "cpu"]
+    return list(token_batches(lengths, max_tokens, enough))
+
+
+def _padded_tokens(batch: RolloutBatch, slices: Sequence[Sequence[int]]) -> int:
+    lengths = batch.prompt_mask.sum(1) + batch.response_mask.sum(1)
+    return sum(len(rows) * int(lengths[list(rows)].max()) for rows in slices)
 
 
 def engine_gap(batch: RolloutBatch, old_logprobs: Tensor) -> tuple[float, float]:

@@ -15,7 +15,8 @@ from pipeline.evaluation.judges import JudgeFunction
 from pipeline.evaluation.policy_eval import PolicyReport, SampledResponses, measure, sample_responses
 from pipeline.recipe import Recipe
 from pipeline.tokens import EncodedPrompt, Encoder
-from policy.ppo.experience import Roles, policy_logprobs
+from policy.ppo.experience import policy_logprobs, reference_logprobs
+from policy.ppo.roles import Roles
 from rollout.batch import RolloutBatch
 from rollout.engine import RolloutEngine
 
@@ -81,7 +82,7 @@ def _scores_and_kl(roles: Roles, samples: SampledResponses, encoder: Encoder) ->
             [ids for _, ids, _ in part], [completion for _, _, completion in part], encoder.pad_token_id
         ).to(roles.device)
         policy, _ = policy_logprobs(roles, roles.policy, batch, with_entropy=False)
-        reference, _ = policy_logprobs(roles, roles.reference, batch, with_entropy=False)
+        reference = reference_logprobs(roles, batch)
         kl.append((policy - reference).sum(1).cpu())
         scores.append(roles.rewards.scores(batch, [prompt for prompt, _, _ in part])[0].cpu())
     return torch.cat(scores), torch.cat(kl)

@@ -9,12 +9,14 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.adapters import FOLDER, adapter_parameters, base_sha256, load_adapter, using
 from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 from pipeline.functions import NamedFunction, excerpt, load_function
@@ -22,9 +24,8 @@ from pipeline.recipe import TRAINED, ModelSection, RewardSource
 from pipeline.records import Prompt
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder, load_tokenizer, tokenizer_sha256
-from policy.models import ValueModel, load_value_model, load_value_model_of_policy, saved_affine
 from policy.ppo.gate import admit
-from reward_model.score import Normalisation, load_reward_model, read_normalisation, score_responses
+from reward_model.score import Normalisation, load_reward_model, read_head, score_responses, score_with
 from rollout.batch import RolloutBatch
 
 CHECKED_PROMPTS = 64
@@ -124,8 +125,33 @@ class ModelReward:
         """(score - mean) / std [B]."""
         prompt_ids, response_ids = self.retokenise(batch, prompts) if self.retokenise else token_ids(batch)
         with self.autocast():
-            raw = score_responses(self.model, prompt_ids, response_ids, max_tokens=self.max_tokens)
+            raw = self.raw_scores(prompt_ids, response_ids)
         return self.normalisation.apply(raw)
+
+    def raw_scores(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> Tensor:
+        """Scores [B] before normalisation."""
+        return score_responses(self.model, prompt_ids, response_ids, max_tokens=self.max_tokens)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights that belong to this reward model alone."""
+        return list(self.model.parameters())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterReward(ModelReward):
+    """A reward model that is an adapter and a head over the policy's base, which is `model`."""
+
+    adapter: str
+    head: nn.Linear
+
+    def raw_scores(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> Tensor:
+        """Scores [B] before normalisation."""
+        with using(self.model, self.adapter):
+            return score_with(self.model.base_model, self.head, prompt_ids, response_ids, max_tokens=self.max_tokens)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's weights and the head's."""
+        return [*adapter_parameters(self.model, self.adapter), *self.head.parameters()]
 
 
 @dataclass(frozen=True)
@@ -160,8 +186,11 @@ def load_rewards(
     prompts: Sequence[EncodedPrompt],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
+    base: Callable[[], PreTrainedModel] | None = None,
 ) -> Rewards:
     """The sources that `ppo.rewards` names; all are checked before the first model is loaded.
+
+    `base` loads the policy whose frozen base the reward models share as far as they are adapters over it.
 
     Errors:
         UserError: a function that cannot be called, a model that the gate refuses, or one whose tokenizer does not
@@ -186,41 +215,16 @@ def load_rewards(
                 f"again (tried on {tried} prompts; its EOS is {own.eos_token}, its padding {own.pad_token})"
             )
     for name, (artifact, normalisation, retokenise) in models.items():
-        model = load_reward_model(artifact.path, torch.float32, device)
         limit = ppo.max_tokens_per_micro_batch
+        if base is not None and retokenise is None and FOLDER in artifact.manifest:
+            sources[name] = _shared(name, artifact, base(), normalisation, limit, autocast)
+            continue
+        if base is not None:
+            stage.say(f"reward {name}: {artifact.path} is no adapter (rm.lora), so it is loaded as a model of its own")
+        model = load_reward_model(artifact.path, torch.float32, device)
         sources[name] = ModelReward(artifact.path, model, normalisation, limit, autocast, retokenise)
     ordered = {name: sources[name] for name in ppo.rewards}
     return Rewards(ordered, {name: entry.weight for name, entry in ppo.rewards.items()})
-
-
-def load_critic(stage: Stage, rewards: Rewards, encoder: Encoder) -> ValueModel:
-    """The critic that `ppo.critic` asks for, and a line that says what it starts from.
-
-    From a reward model it predicts, to begin with, that model's term of the score: weight * (raw - mean) / std.
-
-    Errors:
-        UserError: no critic can be made of the model, or its tokenizer is not the policy's.
-    """
-    ppo = stage.recipe.ppo
-    starts = [
-        (source.path, Normalisation(source.normalisation.mean, source.normalisation.std / rewards.weights[name]))
-        for name, source in rewards.sources.items()
-        if isinstance(source, ModelReward) and source.retokenise is None
-    ]
-    if "critic" in stage.inputs:
-        artifact = stage.inputs["critic"]
-        _refuse_other_tokenizer(artifact, encoder, stage.recipe.model)
-        affine = read_normalisation(artifact) if artifact.kind == TRAINED else saved_affine(artifact.path)
-        path, what = artifact.path, artifact.path
-    elif ppo.critic == "policy" or not starts:
-        stage.say("critic starts from the policy, its head zero")
-        return load_value_model_of_policy(stage.inputs["policy"].path, "float32")
-    else:
-        path, affine = starts[0]
-        what = "the reward model"
-    stage.say(f"critic starts from {what}, its head {'kept' if ppo.critic_head == 'reward_model' else 'zero'}")
-    mean, std = (affine.mean, affine.std) if affine is not None else (0.0, 1.0)
-    return load_value_model(path, "float32", mean=mean, std=std, head=ppo.critic_head)
 
 
 def _function(name: str, function: str, entry: RewardSource) -> NamedFunction:
@@ -243,12 +247,25 @@ def _retokeniser(stage: Stage, name: str, artifact: Artifact, encoder: Encoder) 
     return Retokeniser(encoder, Encoder(tokenizer, encoder.max_prompt_tokens, encoder.max_response_tokens))
 
 
-def _refuse_other_tokenizer(artifact: Artifact, encoder: Encoder, model: ModelSection) -> None:
-    if tokenizer_sha256(load_tokenizer(artifact.path, model)) != tokenizer_sha256(encoder.tokenizer):
+def _shared(
+    name: str,
+    artifact: Artifact,
+    policy: PreTrainedModel,
+    normalisation: Normalisation,
+    limit: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> AdapterReward:
+    """The reward model's adapter and head over the policy's base."""
+    if artifact.manifest[FOLDER]["base_sha256"] != base_sha256(policy):
         raise UserError(
-            f"ppo.critic: {artifact.path} has another tokenizer than the policy; a critic reads the policy's tokens.",
-            mend="Start it from a model with the policy's tokenizer, or set ppo.critic: policy.",
+            f"ppo.rewards.{name}: {artifact.path} is an adapter over other weights than the policy's, so that they "
+            "cannot share a base.",
+            mend="Train it with rm.lora from this policy (rm.init_from), or set ppo.sharing: lora_policy.",
         )
+    adapter = f"reward_{name}"
+    load_adapter(policy, adapter, Path(artifact.path) / FOLDER)
+    head = read_head(Path(artifact.path)).to(policy.device)
+    return AdapterReward(artifact.path, policy, normalisation, limit, autocast, adapter=adapter, head=head)
 
 
 def _letters(text: str) -> str:

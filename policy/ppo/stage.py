@@ -10,9 +10,9 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from pipeline.recipe import Recipe
 from pipeline.records import Prompt
 from pipeline.stage import Stage, stage_main
 from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts, load_tokenizer
-from policy.models import cast, check_projection, disable_dropout, load_policy, save_model
+from policy.models import save_model
 from policy.ppo.controllers import AdaptiveKLController, FixedKLController, RunningScale
-from policy.ppo.experience import Experience, Roles, check_engine, experience_metrics, make_experience
+from policy.ppo.experience import Experience, check_engine, experience_metrics, make_experience
 from policy.ppo.gate import batch_arithmetic
 from policy.ppo.health import Health, Verdict
 from policy.ppo.held_out import HeldOut, load_report, report_metrics, save_report
-from policy.ppo.rewards import load_critic, load_rewards
+from policy.ppo.roles import Roles, load_roles, memory_by_role, save_roles
 from policy.ppo.state import Stateful, load_newest_state, save_state
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
 from rollout.batch import RolloutBatch
@@ -70,8 +70,7 @@ class Run:
     def parts(self) -> dict[str, Stateful]:
         """All whose state an exact resume needs."""
         parts: dict[str, Stateful] = {
-            "policy": self.roles.policy,
-            "critic": self.roles.critic,
+            **self.roles.parts,
             "learner": self.learner,
             "kl_controller": self.controller,
             "health": self.health,
@@ -114,7 +113,7 @@ def run(stage: Stage) -> dict[str, Any]:
                 losses = ppo_update(training.roles, training.learner, experience, options)
             say_skipped(training, update, experience.batch)
             with training.timed("sync"):
-                training.engine.load_weights(training.roles.policy.state_dict().items())
+                training.engine.load_weights(training.roles.weights())
             metrics = summarise_update(training, experience, losses, gap)
             if math.isfinite(metrics["objective/kl"]):
                 training.controller.update(metrics["objective/kl"], ppo.rollout_batch_size)
@@ -140,24 +139,7 @@ def set_up(stage: Stage) -> Run:
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     train, held_out = _prompts(stage, encoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = recipe.model.dtype == "bfloat16"
-    autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
-    rewards = load_rewards(stage, encoder, train, device, autocast)
-    critic = load_critic(stage, rewards, encoder).to(device)
-    policy = load_policy(policy_input.path, "float32", device)
-    check_projection(policy, policy_input.path)
-    reference = load_policy(policy_input.path, "float32", device).requires_grad_(False)
-    disable_dropout(policy)
-    disable_dropout(reference)
-    roles = Roles(
-        policy=policy.eval(),
-        reference=reference.eval(),
-        critic=critic.eval(),
-        rewards=rewards,
-        temperature=recipe.rollout.temperature,
-        max_tokens=ppo.max_tokens_per_micro_batch,
-        autocast=autocast,
-    )
+    roles = load_roles(stage, encoder, train, device)
     if ppo.kl_target_per_sequence is None:
         controller = FixedKLController(ppo.kl_coef)
     else:
@@ -187,7 +169,7 @@ def resume(training: Run) -> int:
     if done is None:
         evaluate(training, 0)
         return 0
-    training.engine.load_weights(training.roles.policy.state_dict().items())
+    training.engine.load_weights(training.roles.weights())
     stage.say(f"resumed after update {done} of {stage.recipe.ppo.updates}")
     return done
 
@@ -292,9 +274,7 @@ def finish(training: Run) -> dict[str, Any]:
         announce(stage, verdict)
     stage.record(health=[asdict(verdict) for verdict in training.health.verdicts])
     before, after = load_report(stage.out, 0), load_report(stage.out, recipe.ppo.updates)
-    dtype = recipe.model.dtype
-    save_model(cast(training.roles.policy, dtype), training.encoder.tokenizer, stage.out)
-    save_model(cast(training.roles.critic.model, dtype), training.encoder.tokenizer, stage.out / "critic")
+    save_roles(training.roles, recipe, training.encoder.tokenizer, stage.out, stage.inputs["policy"].path)
     summary = summarise(before, after, shown=recipe.eval.shown_samples, seed=recipe.seed)
     stage.console.print(summary)
     (stage.out / "summary.md").write_text(summary.markdown(), encoding="utf-8")
@@ -330,14 +310,19 @@ def _engine_directory(stage: Stage, roles: Roles, encoder: Encoder) -> Path:
     if path.is_dir():
         return path
     directory = stage.state / "engine"
-    save_model(roles.policy, encoder.tokenizer, directory)
+    save_model(roles.policy, encoder.tokenizer, directory, roles.weights())
     return directory
 
 
 def _say_arithmetic(stage: Stage, roles: Roles, engine: RolloutEngine) -> None:
     ppo = stage.recipe.ppo
     size = sum(p.numel() for p in roles.policy.parameters()) / 1e6
-    stage.say(f"policy {size:.1f}M parameters, rollouts by {engine.name} {engine.version}")
+    trained = sum(p.numel() for p in roles.trainable()) / 1e6
+    stage.say(f"policy {size:.1f}M parameters, {trained:.2f}M trained; rollouts by {engine.name} {engine.version}")
+    memory = memory_by_role(roles)
+    stage.record(memory=memory)
+    shown = (f"{role} {m['weights']:.1f} + {m['training']:.1f}" for role, m in memory.items())
+    stage.say(f"MiB of weights + gradients and Adam, ppo.sharing {ppo.sharing}: " + ", ".join(shown))
     stage.say(batch_arithmetic(ppo))
 
 

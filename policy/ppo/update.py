@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,17 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.recipe import PpoSection
-from policy.models import response_scores
-from policy.ppo.experience import Experience, Roles, micro_batches, unsound_rows
+from policy.ppo.experience import (
+    Experience,
+    Pass,
+    critic_values,
+    forward_policy,
+    micro_batches,
+    training_mode,
+    unsound_rows,
+)
 from policy.ppo.maths import PolicyLossOptions, StepCounts, kl_loss, policy_loss, value_loss
+from policy.ppo.roles import Roles
 from policy.tensors import masked_reduce
 
 MUST_BE_FINITE = ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "val/grad_norm")
@@ -43,16 +51,15 @@ class Learner:
     def create(cls, roles: Roles, ppo: PpoSection, seed: int) -> Learner:
         """Fresh optimisers; Adam's epsilon is 1e-5 by default, as in openai/lm-human-preferences."""
 
-        def optimizer(model: nn.Module, learning_rate: float) -> AdamW:
-            parameters = [p for p in model.parameters() if p.requires_grad]
+        def optimizer(parameters: list[nn.Parameter], learning_rate: float) -> AdamW:
             return AdamW(parameters, lr=learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True)
 
         def schedule(of: AdamW, updates: int) -> LambdaLR:
             linear = ppo.lr_schedule == "linear"
             return LambdaLR(of, lambda update: 1.0 - update / updates if linear else 1.0)
 
-        policy = optimizer(roles.policy, ppo.learning_rate)
-        critic = optimizer(roles.critic, ppo.critic_learning_rate)
+        policy = optimizer(roles.trainable(), ppo.learning_rate)
+        critic = optimizer(roles.critic.trainable(), ppo.critic_learning_rate)
         return cls(
             policy,
             critic,
@@ -108,18 +115,16 @@ def ppo_update(roles: Roles, learner: Learner, experience: Experience, options: 
     learner.skipped_rows = []
     taken: list[dict[str, float]] = []
     size = ppo.rollout_batch_size // ppo.num_minibatches
-    roles.policy.train()
-    roles.critic.train()
-    for rows in _minibatches(experience.scores.shape[0], size, ppo.num_ppo_epochs, learner.generator):
-        step = _optimiser_step(roles, learner, experience, rows, options)
-        if step is None:
-            break
-        taken.append(step)
+    with training_mode(roles):
+        for rows in _minibatches(experience.scores.shape[0], size, ppo.num_ppo_epochs, learner.generator):
+            step = _optimiser_step(roles, learner, experience, rows, options)
+            if step is None:
+                break
+            taken.append(step)
+            experience = replace(experience, passes=())
     if options.train_policy:
         learner.policy_schedule.step()
     learner.critic_schedule.step()
-    roles.policy.eval()
-    roles.critic.eval()
     means = {key: sum(step[key] for step in taken) / len(taken) for key in taken[0]}
     return {
         **means,
@@ -152,15 +157,14 @@ def _optimiser_step(
     )
     learner.policy_optimizer.zero_grad(set_to_none=True)
     learner.critic_optimizer.zero_grad(set_to_none=True)
-    for slice_ in micro_batches(minibatch, roles.max_tokens):
-        chosen = [rows[i] for i in slice_]
-        for key, value in _micro_batch(roles, experience, chosen, ppo, counts).items():
+    for one in experience.passes or _passes(roles, experience, rows, ppo):
+        for key, value in _backward(roles, experience, one, ppo, counts).items():
             metrics[key] = metrics[key] + value
     if ppo.target_kl is not None and metrics["policy/approxkl_avg"] > ppo.target_kl:
         return None
     norms = {
-        "policy/grad_norm": nn.utils.clip_grad_norm_(roles.policy.parameters(), ppo.max_grad_norm),
-        "val/grad_norm": nn.utils.clip_grad_norm_(roles.critic.parameters(), ppo.max_grad_norm),
+        "policy/grad_norm": nn.utils.clip_grad_norm_(roles.trainable(), ppo.max_grad_norm),
+        "val/grad_norm": nn.utils.clip_grad_norm_(roles.critic.trainable(), ppo.max_grad_norm),
     }
     step = {key: float(value) for key, value in {**metrics, **norms}.items()}
     if not all(math.isfinite(step[key]) for key in MUST_BE_FINITE):
@@ -173,19 +177,54 @@ def _optimiser_step(
     return step
 
 
-def _micro_batch(
-    roles: Roles, experience: Experience, rows: list[int], ppo: PpoSection, counts: StepCounts
-) -> dict[str, Tensor]:
-    """Forward and backward of policy and critic; returns this slice's share of the step's metrics.
+def _passes(roles: Roles, experience: Experience, rows: list[int], ppo: PpoSection) -> Iterator[Pass]:
+    """Fresh forwards of the policy over the sequences `rows`, one micro-batch at a time.
 
-    The policy's loss is the clipped surrogate + kl_loss_coef * KL to the reference - entropy_coef * entropy.
+    A critic that shares nothing with it follows after the policy's backward, so that one graph is alive at a time.
     """
-    part = experience.batch.select(rows)
-    width = part.response_ids.shape[1]
-    mask = part.response_mask
-    with roles.autocast():
-        scores = response_scores(roles.policy, part, roles.temperature, with_entropy=ppo.entropy_coef > 0)
-    surrogate, policy_metrics = policy_loss(
+    minibatch = experience.batch.select(rows)
+    for slice_ in micro_batches(minibatch, roles.max_tokens):
+        chosen = [rows[i] for i in slice_]
+        yield forward_policy(roles, experience.batch, chosen, with_entropy=ppo.entropy_coef > 0)
+
+
+def _backward(
+    roles: Roles, experience: Experience, one: Pass, ppo: PpoSection, counts: StepCounts
+) -> dict[str, Tensor]:
+    """Losses and backward of policy and critic; returns this slice's share of the step's metrics."""
+    loss, policy_metrics = _policy_loss(experience, one, ppo, counts)
+    if not roles.critic.on_policy:
+        loss.backward()
+    with roles.critic.acting():
+        values = critic_values(roles, experience.batch.select(one.rows)) if one.values is None else one.values
+        critic_loss, value_metrics = value_loss(
+            values,
+            experience.values[one.rows, : values.shape[1]],
+            experience.returns[one.rows, : values.shape[1]],
+            experience.batch.response_mask[one.rows, : values.shape[1]],
+            cliprange_value=ppo.cliprange_value,
+            denominator=counts,
+            reduction=ppo.loss_reduction,
+        )
+        (loss + ppo.value_coef * critic_loss if roles.critic.on_policy else critic_loss).backward()
+    return {
+        "loss/policy_avg": loss.detach(),
+        "loss/value_avg": critic_loss.detach(),
+        "policy/approxkl_avg": policy_metrics["approx_kl"],
+        "policy/clipfrac_avg": policy_metrics["clipfrac"],
+        "val/ratio": policy_metrics["ratio"],
+        "val/clipfrac_avg": value_metrics["clipfrac"],
+    }
+
+
+def _policy_loss(
+    experience: Experience, one: Pass, ppo: PpoSection, counts: StepCounts
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate + kl_loss_coef * KL to the reference - entropy_coef * entropy, and its metrics."""
+    rows, scores = one.rows, one.scores
+    width = scores.logprobs.shape[1]
+    mask = experience.batch.response_mask[rows, :width]
+    loss, metrics = policy_loss(
         scores.logprobs,
         experience.old_logprobs[rows, :width],
         experience.advantages[rows, :width],
@@ -194,7 +233,6 @@ def _micro_batch(
         weights=None if experience.weights is None else experience.weights[rows, :width],
         denominator=counts,
     )
-    loss = surrogate
     if ppo.entropy_coef:
         divisor = counts.divisor(ppo.loss_reduction)
         loss = loss - ppo.entropy_coef * masked_reduce(scores.entropy, mask, ppo.loss_reduction, divisor)
@@ -207,24 +245,4 @@ def _micro_batch(
             denominator=counts,
             reduction=ppo.loss_reduction,
         )
-    loss.backward()
-    with roles.autocast():
-        values = roles.critic(part)
-    critic_loss, value_metrics = value_loss(
-        values,
-        experience.values[rows, :width],
-        experience.returns[rows, :width],
-        mask,
-        cliprange_value=ppo.cliprange_value,
-        denominator=counts,
-        reduction=ppo.loss_reduction,
-    )
-    critic_loss.backward()
-    return {
-        "loss/policy_avg": loss.detach(),
-        "loss/value_avg": critic_loss.detach(),
-        "policy/approxkl_avg": policy_metrics["approx_kl"],
-        "policy/clipfrac_avg": policy_metrics["clipfrac"],
-        "val/ratio": policy_metrics["ratio"],
-        "val/clipfrac_avg": value_metrics["clipfrac"],
-    }
+    return loss, metrics

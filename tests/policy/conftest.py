@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from policy.models import disable_dropout, load_policy, load_value_model
-from policy.ppo.experience import Roles
+from policy.critics import load_value_model
+from policy.models import disable_dropout, load_policy
 from policy.ppo.rewards import ModelReward, Rewards
+from policy.ppo.roles import Roles
 from reward_model.score import Normalisation, load_reward_model
 from rollout.batch import Completion, RolloutBatch
 
@@ -62,13 +63,15 @@ def make_roles(policy_dir: Path, reward_dir: Path, *, max_tokens: int = 10_000, 
     return Roles(
         policy=policy.eval(),
         reference=reference.eval().requires_grad_(False),
-        critic=load_value_model(
-            reward_dir, "float32", mean=normalisation.mean, std=normalisation.std, head="reward_model"
-        ).eval(),
+        critic=load_value_model(reward_dir, "float32", normalisation, "reward_model").eval(),
         rewards=Rewards({"rm": make_source(reward_dir, normalisation, max_tokens)}, {"rm": 1.0}),
         temperature=temperature,
         max_tokens=max_tokens,
     )
+
+
+def no_policy() -> LlamaForCausalLM:
+    raise AssertionError("the policy is loaded for nothing")
 
 
 def make_source(reward_dir: Path, normalisation: Normalisation, max_tokens: int = 10_000) -> ModelReward:

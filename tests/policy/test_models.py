@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma2ForCausalLM
 
 from pipeline.errors import UserError
-from policy.models import check_projection, load_policy, load_value_model, response_scores
-from reward_model.score import backbone_and_head
+from policy.critics import load_value_model
+from policy.models import check_projection, load_policy, response_scores
+from reward_model.score import Normalisation, backbone_and_head
 from tests.policy.conftest import PROMPTS, RESPONSES, make_batch
 
 
@@ -34,7 +35,7 @@ def test_response_scores_equal_dense_logits_of_each_row_alone(
 
 
 def test_values_are_the_normalised_score_head_before_each_token(reward_dir: Path) -> None:
-    critic = load_value_model(reward_dir, "float32", mean=0.5, std=2.0, head="reward_model").eval()
+    critic = load_value_model(reward_dir, "float32", Normalisation(0.5, 2.0), "reward_model").eval()
     model = AutoModelForSequenceClassification.from_pretrained(reward_dir).eval().double()
     with torch.no_grad():
         values = critic(make_batch(2, 1))
@@ -47,7 +48,7 @@ def test_values_are_the_normalised_score_head_before_each_token(reward_dir: Path
 
 
 def test_zero_head_predicts_zero_everywhere_and_still_learns(reward_dir: Path) -> None:
-    critic = load_value_model(reward_dir, "float32", mean=0.5, std=2.0, head="zero").eval()
+    critic = load_value_model(reward_dir, "float32", Normalisation(0.5, 2.0), "zero").eval()
     values = critic(make_batch())
     assert (values == 0).all()
     values.sum().backward()

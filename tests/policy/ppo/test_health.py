@@ -13,11 +13,12 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from pipeline.recipe import PpoSection
 from policy.models import load_policy
-from policy.ppo.experience import Roles, engine_gap, experience_metrics, make_experience
+from policy.ppo.experience import engine_gap, experience_metrics, make_experience
 from policy.ppo.health import WINDOW, Health, Verdict
 from policy.ppo.rewards import ModelReward, Rewards
+from policy.ppo.roles import Roles
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
-from reward_model.score import Normalisation, backbone_and_head, right_pad
+from reward_model.score import Normalisation, right_pad
 from rollout.batch import RolloutBatch
 from rollout.engine import EngineOptions, SamplingOptions
 from rollout.hf_engine import TransformersEngine
@@ -174,7 +175,7 @@ def test_a_tiny_learning_rate_shows_as_no_clipping_and_the_policy_of_the_start(p
 
 def test_a_critic_that_never_learns_explains_less_than_nothing(policy_dir: Path, roles: Roles) -> None:
     with torch.no_grad():
-        backbone_and_head(roles.critic.model)[1].weight.mul_(-2.0)
+        roles.critic.head.weight.mul_(-2.0)
     ppo = PPO.model_copy(update={"critic_learning_rate": 1e-9, "lam": 1.0})
     health = _train(policy_dir, roles, 15, ppo=ppo)
     assert [v.update for v in health.verdicts if v.name == "explained_variance"] == [15]

@@ -27,11 +27,13 @@ from pipeline.records import Prompt
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder, chat_template_sha256, load_tokenizer, tokenizer_sha256
 from policy.models import save_model
-from policy.ppo.rewards import FunctionReward, ModelReward, Retokeniser, Rewards, load_critic, load_rewards
+from policy.ppo.critic import load_critic
+from policy.ppo.rewards import FunctionReward, ModelReward, Retokeniser, Rewards, load_rewards
 from policy.ppo.stage import prompt_indices, run
 from reward_model.score import Normalisation, backbone_and_head, load_reward_model
 from rollout.batch import Completion, RolloutBatch
 from tests.pipeline.conftest import CORPUS, save_other_tokenizer, save_tiny_tokenizer
+from tests.policy.conftest import no_policy
 from tests.tiny_stage import VOCABULARY, prepare_stage, save_tiny_policy, write_rows
 
 FUNCTIONS = """
@@ -273,11 +275,11 @@ def test_a_stage_s_sources_are_loaded_in_the_recipe_s_order_and_foreign_tokenize
     expected = 0.25 * each["foreign"] - 0.5 * each["brevity"] + each["trained"]
     torch.testing.assert_close(total, expected)
 
-    critic = load_critic(stage, rewards, encoder)
+    critic = load_critic(stage, rewards, encoder, no_policy)
     assert "critic starts from the reward model, its head kept" in capsys.readouterr().out
     own = rewards.sources["trained"]
     assert isinstance(own, ModelReward)
-    torch.testing.assert_close(backbone_and_head(critic.model)[1].weight, backbone_and_head(own.model)[1].weight)
+    torch.testing.assert_close(critic.head.weight, backbone_and_head(own.model)[1].weight)
 
 
 def _refused(stage: Stage, encoder: Encoder, prompts: Sequence[Prompt] = PROMPTS) -> str:
@@ -314,17 +316,18 @@ def test_a_critic_from_a_weighted_reward_model_predicts_its_term(policy: Path, t
     ppo = {"rewards": {"trained": {"model": "rm", "weight": -3.0}}}
     stage = make_stage(tmp_path / "out", policy, ppo, reward_model=trained)
     prompts = [EncodedPrompt(prompt, encoder.prompt_ids(prompt)) for prompt in PROMPTS]
-    critic = load_critic(stage, load_rewards(stage, encoder, prompts, torch.device("cpu"), nullcontext), encoder)
+    rewards = load_rewards(stage, encoder, prompts, torch.device("cpu"), nullcontext)
+    critic = load_critic(stage, rewards, encoder, no_policy)
     with torch.no_grad():
         values = critic(make_batch(encoder, PROMPTS, RESPONSES))
     for row, prompt in enumerate(PROMPTS):
         raw = raw_score(trained, encoder.prompt_ids(prompt))
         assert values[row, 0].item() == pytest.approx(-3.0 * (raw - 0.5) / 2.0, abs=1e-5)
 
-    save_model(critic.model, encoder.tokenizer, tmp_path / "critic")
+    save_model(critic.classifier(), encoder.tokenizer, tmp_path / "critic")
     stage = make_stage(tmp_path / "again", policy, {"critic": "critic"}, critic=tmp_path / "critic")
     with torch.no_grad():
-        again = load_critic(stage, Rewards({}, {}), encoder)(make_batch(encoder, PROMPTS, RESPONSES))
+        again = load_critic(stage, Rewards({}, {}), encoder, no_policy)(make_batch(encoder, PROMPTS, RESPONSES))
     torch.testing.assert_close(again, values)
 
 
@@ -334,15 +337,15 @@ def test_a_critic_from_the_policy_has_its_trunk_and_a_zero_head(
 ) -> None:
     encoder = encoder_of(policy)
     stage = make_stage(tmp_path / "out", policy, ppo)
-    critic = load_critic(stage, Rewards({}, {}), encoder)
+    critic = load_critic(stage, Rewards({}, {}), encoder, no_policy)
     assert "critic starts from the policy, its head zero" in capsys.readouterr().out
     values = critic(make_batch(encoder, PROMPTS, RESPONSES))
     assert (values == 0).all()
-    trunk, wanted = dict(critic.model.base_model.named_parameters()), LlamaModel.from_pretrained(policy)
+    trunk, wanted = dict(critic.trunk.base_model.named_parameters()), LlamaModel.from_pretrained(policy)
     assert trunk.keys() == dict(wanted.named_parameters()).keys()
     assert all(torch.equal(trunk[name], parameter) for name, parameter in wanted.named_parameters())
     values.sum().backward()
-    gradient = backbone_and_head(critic.model)[1].weight.grad
+    gradient = critic.head.weight.grad
     assert gradient is not None
     assert gradient.abs().sum() > 0
 
@@ -351,7 +354,7 @@ def test_a_critic_of_another_tokenizer_is_refused(policy: Path, tmp_path: Path) 
     foreign = save_reward_model(tmp_path / "foreign", save_other_tokenizer)
     stage = make_stage(tmp_path / "out", policy, {"critic": "foreign"}, critic=foreign)
     with pytest.raises(UserError, match=r"ppo\.critic: .*foreign has another tokenizer than the policy"):
-        load_critic(stage, Rewards({}, {}), encoder_of(policy))
+        load_critic(stage, Rewards({}, {}), encoder_of(policy), no_policy)
 
 
 def test_ppo_runs_on_a_function_alone(policy: Path, functions: str, tmp_path: Path) -> None:

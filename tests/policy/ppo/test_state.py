@@ -10,7 +10,8 @@ import torch
 
 from pipeline.recipe import PpoSection
 from policy.ppo.controllers import AdaptiveKLController
-from policy.ppo.experience import Roles, make_experience
+from policy.ppo.experience import make_experience
+from policy.ppo.roles import Roles
 from policy.ppo.stage import prompt_indices
 from policy.ppo.state import Stateful, load_newest_state, save_state
 from policy.ppo.update import Learner, UpdateOptions, ppo_update

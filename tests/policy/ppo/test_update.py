@@ -10,10 +10,10 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from pipeline.recipe import PpoSection
-from policy.ppo.experience import Experience, Roles, make_experience
+from policy.ppo.experience import Experience, make_experience
 from policy.ppo.rewards import ModelReward
+from policy.ppo.roles import Roles
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
-from reward_model.score import backbone_and_head
 from tests.policy.conftest import VOCABULARY, make_batch, make_roles
 
 PPO = PpoSection(
@@ -112,7 +112,7 @@ def test_result_in_float64_is_the_same_for_any_micro_batch_padding_and_order(
             for name, value in vars(experience).items()
             if isinstance(value, torch.Tensor)
         }
-        _trained(roles, replace(experience, batch=padded.select(order), **tensors), ppo)
+        _trained(roles, replace(experience, batch=padded.select(order), passes=(), **tensors), ppo)
         return [p.detach() for p in (*roles.policy.parameters(), *roles.critic.parameters())]
 
     expected = weights(10_000, (0, 0), [0, 1, 2, 3, 4, 5])
@@ -207,7 +207,7 @@ def test_a_minibatch_that_is_not_finite_moves_nothing_and_its_row_is_named(polic
     """The critic cannot read token 30, which row 4 alone holds: one of three minibatches, in both epochs."""
     roles = make_roles(policy_dir, reward_dir, max_tokens=8)
     experience = make_experience(roles, make_batch(), PPO, 0.1)
-    _forget(roles.critic.model.get_input_embeddings(), 30)
+    _forget(roles.critic.trunk.get_input_embeddings(), 30)
     metrics, learner = _trained(roles, experience, PPO)
     assert (learner.skipped_steps, learner.skipped_rows) == (2, [[4], [4]])
     for optimizer in (learner.policy_optimizer, learner.critic_optimizer):
@@ -237,9 +237,9 @@ def test_a_gradient_that_overflows_under_a_finite_loss_names_its_minibatch(polic
     roles = make_roles(policy_dir, reward_dir)
     ppo = PPO.model_copy(update={"num_minibatches": 1, "num_ppo_epochs": 1, "cliprange_value": None})
     experience = make_experience(roles, make_batch(), ppo, 0.1)
-    huge = replace(experience, returns=experience.returns + 1e18 * experience.batch.response_mask)
+    huge = replace(experience, passes=(), returns=experience.returns + 1e18 * experience.batch.response_mask)
     with torch.no_grad():
-        backbone_and_head(roles.critic.model)[1].weight.mul_(1e3)
+        roles.critic.head.weight.mul_(1e3)
     metrics, learner = _trained(roles, huge, ppo)
     assert metrics["loss/value_avg"] < 1e38
     assert metrics["val/grad_norm"] == float("inf")
