@@ -24,6 +24,13 @@ from pipeline.trl_args import TRAINER_CONFIGS, trainer_field_names
 RESOLVED = "recipe.resolved.yaml"
 DEEPEST = 50
 Path_ = tuple[str | int, ...]
+LEFT_OUT = dict.fromkeys(
+    ("rollout.top_p", "rollout.top_k"),
+    "there is no such key: with the tail of the softmax cut off, every importance ratio would be biased by the "
+    "probability mass that survives (huggingface/trl issue 6789). Take it out; rollout.temperature is the only "
+    "sampling setting.",
+)
+"""Keys that people expect, and why there are none."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,8 @@ def _explain(item: dict[str, Any], origin: Origin, file: Path) -> str:
     dotted = ".".join(map(str, path))
     place = origin.of(path) or str(file)
     if item["type"] == "extra_forbidden":
+        if dotted in LEFT_OUT:
+            return f"{place}: {dotted}: {LEFT_OUT[dotted]}"
         known = _keys_of(path[:-1])
         return f"{place}: {dotted}: unknown key. " + _suggest(dotted.rpartition(".")[2], known, "See `tristage show`.")
     if item["type"] == "missing":

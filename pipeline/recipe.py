@@ -261,6 +261,8 @@ class RolloutSection(Section):
     """`auto` is vLLM, or transformers with a notice where vLLM cannot be imported."""
     temperature: Positive = 1.0
     """Sampling temperature; every log-probability of the pipeline is taken at it."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response, beside the EOS; the response keeps the first one that it contains."""
     kv_cache_gib: Positive = 0.25
     """vLLM's key-value cache on a CPU, in GiB."""
     gpu_memory_utilization: Fraction = 0.3

@@ -93,9 +93,20 @@ class EngineOptions:
 class RolloutEngine(Protocol):
     """Generates from the live policy inside the trainer's process."""
 
-    name: str
-    version: str
-    policy_version: int
+    @property
+    def name(self) -> str:
+        """`vllm` or `transformers`."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """The library's."""
+        ...
+
+    @property
+    def policy_version(self) -> int:
+        """How often weights were loaded."""
+        ...
 
     def generate(
         self,
