@@ -181,6 +181,10 @@ class PpoSection(Section):
     """What the losses are averaged over; `fixed_length` divides by sequences x data.max_response_tokens."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the policy's loss."""
+    ptx_coef: NonNegative = 0.0
+    """Weight of the language-model loss on `data.sft` in the policy's loss (PPO-ptx); 0 turns it off."""
+    ptx_batch_size: Count | None = None
+    """Its demonstrations per optimiser step; null means as many as the step has sequences."""
     target_kl: Positive | None = None
     """Mean 0.5 (log-ratio)^2 per token, in nats, above which the rest of an update is left out; null: never."""
     critic_warmup_updates: Annotated[Integer, Field(ge=0)] = 0
@@ -235,6 +239,15 @@ class PpoSection(Section):
                 f"rollout_batch_size ({self.rollout_batch_size}) is not a multiple of "
                 f"num_minibatches ({self.num_minibatches}); make it one, so that every optimiser step "
                 "sees the same number of sequences"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ptx_is_on(self) -> PpoSection:
+        if self.ptx_batch_size is not None and self.ptx_coef == 0.0:
+            raise ValueError(
+                f"ptx_batch_size ({self.ptx_batch_size}) has no effect while ptx_coef is 0; set ptx_coef, or leave "
+                "ptx_batch_size out"
             )
         return self
 
@@ -324,3 +337,12 @@ class Recipe(Section):
     rollout: RolloutSection = RolloutSection()
     eval: EvalSection = EvalSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _ptx_has_demonstrations(self) -> Recipe:
+        if self.ppo.ptx_coef > 0.0 and self.data.sft is None:
+            raise ValueError(
+                f"ppo.ptx_coef ({self.ppo.ptx_coef:g}) weighs the loss on data.sft, which is not set; set data.sft, or "
+                "ppo.ptx_coef to 0"
+            )
+        return self

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from policy.ppo.experience import Experience, Roles, check_engine, experience_me
 from policy.ppo.gate import batch_arithmetic
 from policy.ppo.health import Health, Verdict
 from policy.ppo.held_out import HeldOut, load_report, report_metrics, save_report
+from policy.ppo.order import pass_indices
+from policy.ppo.ptx import PtxLoss, load_ptx
 from policy.ppo.rewards import load_critic, load_rewards
 from policy.ppo.state import Stateful, load_newest_state, save_state
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
@@ -59,6 +61,7 @@ class Run:
     prompts: list[EncodedPrompt]
     held_out: HeldOut
     health: Health
+    ptx: PtxLoss | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -109,7 +112,10 @@ def run(stage: Stage) -> dict[str, Any]:
                 gap = check_engine(experience, stage.recipe, update, training.engine.name)
             with training.timed("update"):
                 options = UpdateOptions(
-                    ppo, stage.recipe.data.max_response_tokens, train_policy=update > ppo.critic_warmup_updates
+                    ppo,
+                    stage.recipe.data.max_response_tokens,
+                    train_policy=update > ppo.critic_warmup_updates,
+                    ptx=training.ptx,
                 )
                 losses = ppo_update(training.roles, training.learner, experience, options)
             say_skipped(training, update, experience.batch)
@@ -139,6 +145,7 @@ def set_up(stage: Stage) -> Run:
     judges = load_judges(recipe.eval)
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     train, held_out = _prompts(stage, encoder)
+    ptx = load_ptx(stage, encoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = recipe.model.dtype == "bfloat16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
@@ -176,6 +183,7 @@ def set_up(stage: Stage) -> Run:
         prompts=train,
         held_out=HeldOut(held_out, encoder, judges, recipe),
         health=Health(ppo),
+        ptx=ptx,
     )
 
 
@@ -198,7 +206,7 @@ def sample(training: Run, update: int) -> tuple[RolloutBatch, list[Prompt]]:
     Order and seeds depend on the update alone.
     """
     recipe, size = training.recipe, training.recipe.ppo.rollout_batch_size
-    chosen = prompt_indices(len(training.prompts), size, update, recipe.seed)
+    chosen = pass_indices(len(training.prompts), size, update, recipe.seed)
     prompts = [training.prompts[index] for index in chosen]
     prompt_ids = [prompt.ids for prompt in prompts]
     seeds = numpy.random.SeedSequence((recipe.seed, update)).generate_state(size).tolist()
@@ -206,15 +214,6 @@ def sample(training: Run, update: int) -> tuple[RolloutBatch, list[Prompt]]:
     completions = training.engine.generate(prompt_ids, sampling, seeds)
     batch = RolloutBatch.from_completions(prompt_ids, completions, training.encoder.pad_token_id)
     return batch, [prompt.prompt for prompt in prompts]
-
-
-def prompt_indices(prompts: int, size: int, update: int, seed: int) -> list[int]:
-    """Which prompts update number `update` (from 1) uses: consecutive slices of one fresh permutation per pass."""
-    chosen = []
-    for position in range((update - 1) * size, update * size):
-        epoch, place = divmod(position, prompts)
-        chosen.append(int(_permutation(prompts, epoch, seed)[place]))
-    return chosen
 
 
 def summarise_update(
@@ -317,11 +316,6 @@ def _prompts(stage: Stage, encoder: Encoder) -> tuple[list[EncodedPrompt], list[
     lengths = {"train": train_lengths.as_dict(), "eval": held_out_lengths.as_dict()}
     stage.record(data={"prompts": split.report}, lengths=lengths)
     return train, held_out[: stage.recipe.eval.prompts]
-
-
-@lru_cache(maxsize=2)
-def _permutation(prompts: int, epoch: int, seed: int) -> numpy.ndarray:
-    return numpy.random.default_rng((seed, epoch)).permutation(prompts)
 
 
 def _engine_directory(stage: Stage, roles: Roles, encoder: Encoder) -> Path:
