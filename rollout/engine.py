@@ -229,7 +229,7 @@ def check_model_dir(model_dir: str | Path, max_model_len: int) -> Path:
             f"The rollout engine needs a model directory, but {directory} has no config.json.",
             mend="Save the policy there with save_pretrained first.",
         )
-    positions = _positions(text_config(directory))
+    positions = context_length(text_config(directory))
     if positions is not None and positions < max_model_len:
         raise UserError(
             f"{directory / 'config.json'} allows {positions} positions "
@@ -274,7 +274,7 @@ def text_config(directory: Path) -> PretrainedConfig:
     return read_config(directory).get_text_config(decoder=True)
 
 
-def _positions(config: PretrainedConfig) -> int | None:
+def context_length(config: PretrainedConfig) -> int | None:
     """Context length of a model, rope scaling included; None where the config names none."""
     if not hasattr(config, "max_position_embeddings"):
         return None
