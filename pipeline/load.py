@@ -24,6 +24,13 @@ from pipeline.trl_args import TRAINER_CONFIGS, trainer_field_names
 RESOLVED = "recipe.resolved.yaml"
 DEEPEST = 50
 Path_ = tuple[str | int, ...]
+LEFT_OUT = dict.fromkeys(
+    ("rollout.top_p", "rollout.top_k"),
+    "there is no such key: with the tail of the softmax cut off, every importance ratio would be biased by the "
+    "probability mass that survives (huggingface/trl issue 6789). Take it out; rollout.temperature is the only "
+    "sampling setting.",
+)
+"""Keys that people expect, and why there are none."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ def _validate(tree: dict[str, Any], origin: Origin, file: Path) -> Recipe:
 
 def _is_other_branch(item: dict[str, Any]) -> bool:
     """Whether pydantic reports the form of `data.<key>` that was not meant: a path, or a mapping with a path."""
-    if item["loc"][0] != "data" or len(item["loc"]) != 3:
+    if item["loc"][:1] != ("data",) or len(item["loc"]) != 3:
         return False
     form, is_mapping = item["loc"][2], isinstance(item["input"], dict)
     return (form == "str" and is_mapping) or (form == "DataSource" and not is_mapping)
@@ -178,11 +185,13 @@ def _is_other_branch(item: dict[str, Any]) -> bool:
 
 def _explain(item: dict[str, Any], origin: Origin, file: Path) -> str:
     path: Path_ = tuple(item["loc"])
-    if path[0] == "data" and len(path) > 2:
+    if path[:1] == ("data",) and len(path) > 2:
         path = (*path[:2], *path[3:])
     dotted = ".".join(map(str, path))
     place = origin.of(path) or str(file)
     if item["type"] == "extra_forbidden":
+        if dotted in LEFT_OUT:
+            return f"{place}: {dotted}: {LEFT_OUT[dotted]}"
         known = _keys_of(path[:-1])
         return f"{place}: {dotted}: unknown key. " + _suggest(dotted.rpartition(".")[2], known, "See `tristage show`.")
     if item["type"] == "missing":
@@ -192,7 +201,7 @@ def _explain(item: dict[str, Any], origin: Origin, file: Path) -> str:
         message = "a section of keys and values is wanted"
     message = message[:1].lower() + message[1:]
     shown = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-    return f"{place}: {dotted}: {message}{shown}. Mend this value."
+    return f"{place}: {dotted and dotted + ': '}{message}{shown}. Mend this value."
 
 
 def _suggest(key: str, known: set[str], otherwise: str) -> str:

@@ -202,6 +202,10 @@ class PpoSection(Section):
     """What the losses are averaged over; `fixed_length` divides by sequences x data.max_response_tokens."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the policy's loss."""
+    ptx_coef: NonNegative = 0.0
+    """Weight of the language-model loss on `data.sft` in the policy's loss (PPO-ptx); 0 turns it off."""
+    ptx_batch_size: Count | None = None
+    """Its demonstrations per optimiser step; null means as many as the step has sequences."""
     target_kl: Positive | None = None
     """Mean 0.5 (log-ratio)^2 per token, in nats, above which the rest of an update is left out; null: never."""
     critic_warmup_updates: Annotated[Integer, Field(ge=0)] = 0
@@ -260,6 +264,15 @@ class PpoSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _ptx_is_on(self) -> PpoSection:
+        if self.ptx_batch_size is not None and self.ptx_coef == 0.0:
+            raise ValueError(
+                f"ptx_batch_size ({self.ptx_batch_size}) has no effect while ptx_coef is 0; set ptx_coef, or leave "
+                "ptx_batch_size out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _policy_is_trained(self) -> PpoSection:
         if self.critic_warmup_updates >= self.updates:
             raise ValueError(
@@ -282,6 +295,8 @@ class RolloutSection(Section):
     """`auto` is vLLM, or transformers with a notice where vLLM cannot be imported."""
     temperature: Positive = 1.0
     """Sampling temperature; every log-probability of the pipeline is taken at it."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response, beside the EOS; the response keeps the first one that it contains."""
     kv_cache_gib: Positive = 0.25
     """vLLM's key-value cache on a CPU, in GiB."""
     gpu_memory_utilization: Fraction = 0.3
@@ -343,3 +358,12 @@ class Recipe(Section):
     rollout: RolloutSection = RolloutSection()
     eval: EvalSection = EvalSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _ptx_has_demonstrations(self) -> Recipe:
+        if self.ppo.ptx_coef > 0.0 and self.data.sft is None:
+            raise ValueError(
+                f"ppo.ptx_coef ({self.ppo.ptx_coef:g}) weighs the loss on data.sft, which is not set; set data.sft, or "
+                "ppo.ptx_coef to 0"
+            )
+        return self

@@ -134,12 +134,16 @@ def wanted_as(recipe: Recipe, name: str, role: str, path: str) -> str:
 
 
 def sources(recipe: Recipe, name: str) -> dict[str, str | DataSource]:
-    """The data sources that stage `name` reads; prompts fall back to preferences, then to sft."""
+    """The data sources that stage `name` reads; prompts fall back to preferences, then to sft.
+
+    PPO reads the demonstrations too where `ppo.ptx_coef` weighs the loss on them.
+    """
     data = recipe.data
     prompts = data.prompts or data.preferences or data.sft
     fallback = {"sft": data.sft, "preferences": data.preferences, "prompts": prompts}
     found = {}
-    for key in STAGES[name].data:
+    with_sft = name == "ppo" and recipe.ppo.ptx_coef > 0.0
+    for key in (*STAGES[name].data, "sft") if with_sft else STAGES[name].data:
         source = fallback[key]
         if source is None:
             raise UserError(f"{name}: data.{key} is not set.", mend=f"Set data.{key} in the recipe.")

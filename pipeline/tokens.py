@@ -199,7 +199,7 @@ class Encoder:
 
     def prompts_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Tokens of many prompts, in one call of the tokenizer."""
-        tokens = self._tokens([self._prompt_source_text(prompt) for prompt in prompts])
+        tokens = self.raw_ids([self._prompt_source_text(prompt) for prompt in prompts])
         return [
             self.with_bos(ids) if isinstance(prompt.content, str) else ids
             for prompt, ids in zip(prompts, tokens, strict=True)
@@ -214,7 +214,7 @@ class Encoder:
 
     def whole_responses_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of many responses with EOS, before any cut."""
-        return [self._with_eos(ids) for ids in self._tokens(texts)]
+        return [self._with_eos(ids) for ids in self.raw_ids(texts)]
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """The tokens behind a BOS, if the tokenizer adds one; never behind a second one."""
@@ -228,12 +228,13 @@ class Encoder:
             return prompt.content[0]["content"]
         return "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt.content)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the tokens without special tokens."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of the tokens, without that of special tokens unless they are asked for."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def raw_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of the texts and nothing else, neither BOS nor EOS."""
         if not texts:
             return []
         encoded: Any = self.tokenizer(

@@ -223,17 +223,12 @@ def _check_packed_length(settings: Mapping[str, Any], longest_row: int) -> None:
 
 def _show_generations(stage: Stage, step: int, prompts: Sequence[Prompt], encoder: Encoder) -> None:
     """Sample one response per prompt with the transformers engine, which starts at once."""
-    from rollout.engine import EngineOptions, SamplingOptions, make_engine
+    from rollout.engine import SamplingOptions
+    from rollout.open import open_engine
 
     recipe, data = stage.recipe, stage.recipe.data
     encoded, _ = encode_prompts(prompts, encoder, data)
-    options = EngineOptions(
-        max_model_len=data.max_prompt_tokens + data.max_response_tokens,
-        max_sequences=max(1, len(encoded)),
-        stop_token_ids=encoder.stop_token_ids,
-        dtype=recipe.model.dtype,
-    )
-    engine = make_engine("transformers", stage.out, options, stage.say)
+    engine = open_engine(recipe, stage.out, stage.say, kind="transformers")
     completions = engine.generate(
         [item.ids for item in encoded],
         SamplingOptions(data.max_response_tokens, recipe.rollout.temperature),

@@ -93,9 +93,20 @@ class EngineOptions:
 class RolloutEngine(Protocol):
     """Generates from the live policy inside the trainer's process."""
 
-    name: str
-    version: str
-    policy_version: int
+    @property
+    def name(self) -> str:
+        """`vllm` or `transformers`."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """The library's."""
+        ...
+
+    @property
+    def policy_version(self) -> int:
+        """How often weights were loaded."""
+        ...
 
     def generate(
         self,
@@ -218,7 +229,7 @@ def check_model_dir(model_dir: str | Path, max_model_len: int) -> Path:
             f"The rollout engine needs a model directory, but {directory} has no config.json.",
             mend="Save the policy there with save_pretrained first.",
         )
-    positions = _positions(text_config(directory))
+    positions = context_length(text_config(directory))
     if positions is not None and positions < max_model_len:
         raise UserError(
             f"{directory / 'config.json'} allows {positions} positions "
@@ -263,7 +274,7 @@ def text_config(directory: Path) -> PretrainedConfig:
     return read_config(directory).get_text_config(decoder=True)
 
 
-def _positions(config: PretrainedConfig) -> int | None:
+def context_length(config: PretrainedConfig) -> int | None:
     """Context length of a model, rope scaling included; None where the config names none."""
     if not hasattr(config, "max_position_embeddings"):
         return None

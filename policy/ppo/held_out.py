@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts import write_json
+from pipeline.errors import UserError
 from pipeline.evaluation.judges import JudgeFunction
 from pipeline.evaluation.policy_eval import PolicyReport, SampledResponses, measure, sample_responses
+from pipeline.functions import excerpt
 from pipeline.recipe import Recipe
+from pipeline.records import Prompt
 from pipeline.tokens import EncodedPrompt, Encoder
 from policy.ppo.experience import policy_logprobs, reference_logprobs
 from policy.ppo.roles import Roles
-from rollout.batch import RolloutBatch
+from rollout.batch import Completion, RolloutBatch
 from rollout.engine import RolloutEngine
 
 SLICE = 256
@@ -34,7 +37,11 @@ class HeldOut:
     recipe: Recipe
 
     def evaluate(self, roles: Roles, engine: RolloutEngine) -> PolicyReport:
-        """Samples, scores and judges the engine's current policy."""
+        """Samples, scores and judges the engine's current policy.
+
+        Errors:
+            UserError: a reward model gives a score that is not finite, or see `Rewards.scores` and `measure`.
+        """
         recipe = self.recipe
         samples = sample_responses(
             engine,
@@ -84,5 +91,21 @@ def _scores_and_kl(roles: Roles, samples: SampledResponses, encoder: Encoder) ->
         policy, _ = policy_logprobs(roles, roles.policy, batch, with_entropy=False)
         reference = reference_logprobs(roles, batch)
         kl.append((policy - reference).sum(1).cpu())
-        scores.append(roles.rewards.scores(batch, [prompt for prompt, _, _ in part])[0].cpu())
+        total, each = roles.rewards.scores(batch, [prompt for prompt, _, _ in part])
+        _refuse_not_finite(each, part, encoder)
+        scores.append(total.cpu())
     return torch.cat(scores), torch.cat(kl)
+
+
+def _refuse_not_finite(
+    each: Mapping[str, Tensor], part: Sequence[tuple[Prompt, list[int], Completion]], encoder: Encoder
+) -> None:
+    for name, scores in each.items():
+        for row in (~scores.isfinite()).nonzero().flatten().tolist()[:1]:
+            prompt, _, completion = part[row]
+            raise UserError(
+                f"ppo.rewards.{name}: {prompt.source}: held-out prompt {excerpt(encoder.prompt_text(prompt))}, "
+                f"response {excerpt(encoder.decode(completion.token_ids))}: the score is {scores[row].item()}, which "
+                "is not a finite number.",
+                mend="Train the reward model again with a lower rm.trainer.learning_rate, or use another one.",
+            )

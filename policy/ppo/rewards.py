@@ -27,6 +27,7 @@ from pipeline.tokens import EncodedPrompt, Encoder, load_tokenizer, tokenizer_sh
 from policy.ppo.gate import admit
 from reward_model.score import Normalisation, load_reward_model, read_head, score_responses, score_with
 from rollout.batch import RolloutBatch
+from rollout.engine import context_length
 
 CHECKED_PROMPTS = 64
 """Prompts on which a reward model's own tokenizer is tried at set-up."""
@@ -122,8 +123,22 @@ class ModelReward:
     retokenise: Retokeniser | None = None
 
     def scores(self, batch: RolloutBatch, prompts: Sequence[Prompt]) -> Tensor:
-        """(score - mean) / std [B]."""
+        """(score - mean) / std [B].
+
+        Errors:
+            UserError: a prompt and its response have more tokens than the model has positions.
+        """
         prompt_ids, response_ids = self.retokenise(batch, prompts) if self.retokenise else token_ids(batch)
+        positions = context_length(self.model.config.get_text_config(decoder=True))
+        for row, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):
+            if positions is not None and len(prompt) + len(response) > positions:
+                where = prompts[row].source if prompts else f"row {row}"
+                raise UserError(
+                    f"ppo.rewards: {self.path}: {where}: prompt and response have {len(prompt)} + {len(response)} "
+                    f"tokens in the reward model's tokenizer, and it reads {positions} (max_position_embeddings).",
+                    mend="Lower data.max_prompt_tokens or data.max_response_tokens, or use a reward model with a "
+                    "longer context.",
+                )
         with self.autocast():
             raw = self.raw_scores(prompt_ids, response_ids)
         return self.normalisation.apply(raw)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from policy.ppo.experience import Experience, check_engine, experience_metrics, 
 from policy.ppo.gate import batch_arithmetic
 from policy.ppo.health import Health, Verdict
 from policy.ppo.held_out import HeldOut, load_report, report_metrics, save_report
+from policy.ppo.order import pass_indices
+from policy.ppo.ptx import PtxLoss, load_ptx
 from policy.ppo.roles import Roles, load_roles, memory_by_role, save_roles
 from policy.ppo.state import Stateful, load_newest_state, save_state
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
@@ -59,6 +60,7 @@ class Run:
     prompts: list[EncodedPrompt]
     held_out: HeldOut
     health: Health
+    ptx: PtxLoss | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -108,7 +110,10 @@ def run(stage: Stage) -> dict[str, Any]:
                 gap = check_engine(experience, stage.recipe, update, training.engine.name)
             with training.timed("update"):
                 options = UpdateOptions(
-                    ppo, stage.recipe.data.max_response_tokens, train_policy=update > ppo.critic_warmup_updates
+                    ppo,
+                    stage.recipe.data.max_response_tokens,
+                    train_policy=update > ppo.critic_warmup_updates,
+                    ptx=training.ptx,
                 )
                 losses = ppo_update(training.roles, training.learner, experience, options)
             say_skipped(training, update, experience.batch)
@@ -138,6 +143,7 @@ def set_up(stage: Stage) -> Run:
     judges = load_judges(recipe.eval)
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     train, held_out = _prompts(stage, encoder)
+    ptx = load_ptx(stage, encoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     roles = load_roles(stage, encoder, train, device)
     if ppo.kl_target_per_sequence is None:
@@ -158,6 +164,7 @@ def set_up(stage: Stage) -> Run:
         prompts=train,
         held_out=HeldOut(held_out, encoder, judges, recipe),
         health=Health(ppo),
+        ptx=ptx,
     )
 
 
@@ -180,7 +187,7 @@ def sample(training: Run, update: int) -> tuple[RolloutBatch, list[Prompt]]:
     Order and seeds depend on the update alone.
     """
     recipe, size = training.recipe, training.recipe.ppo.rollout_batch_size
-    chosen = prompt_indices(len(training.prompts), size, update, recipe.seed)
+    chosen = pass_indices(len(training.prompts), size, update, recipe.seed)
     prompts = [training.prompts[index] for index in chosen]
     prompt_ids = [prompt.ids for prompt in prompts]
     seeds = numpy.random.SeedSequence((recipe.seed, update)).generate_state(size).tolist()
@@ -188,15 +195,6 @@ def sample(training: Run, update: int) -> tuple[RolloutBatch, list[Prompt]]:
     completions = training.engine.generate(prompt_ids, sampling, seeds)
     batch = RolloutBatch.from_completions(prompt_ids, completions, training.encoder.pad_token_id)
     return batch, [prompt.prompt for prompt in prompts]
-
-
-def prompt_indices(prompts: int, size: int, update: int, seed: int) -> list[int]:
-    """Which prompts update number `update` (from 1) uses: consecutive slices of one fresh permutation per pass."""
-    chosen = []
-    for position in range((update - 1) * size, update * size):
-        epoch, place = divmod(position, prompts)
-        chosen.append(int(_permutation(prompts, epoch, seed)[place]))
-    return chosen
 
 
 def summarise_update(
@@ -297,11 +295,6 @@ def _prompts(stage: Stage, encoder: Encoder) -> tuple[list[EncodedPrompt], list[
     lengths = {"train": train_lengths.as_dict(), "eval": held_out_lengths.as_dict()}
     stage.record(data={"prompts": split.report}, lengths=lengths)
     return train, held_out[: stage.recipe.eval.prompts]
-
-
-@lru_cache(maxsize=2)
-def _permutation(prompts: int, epoch: int, seed: int) -> numpy.ndarray:
-    return numpy.random.default_rng((seed, epoch)).permutation(prompts)
 
 
 def _engine_directory(stage: Stage, roles: Roles, encoder: Encoder) -> Path:

@@ -24,6 +24,7 @@ from policy.ppo.experience import (
     unsound_rows,
 )
 from policy.ppo.maths import PolicyLossOptions, StepCounts, kl_loss, policy_loss, value_loss
+from policy.ppo.ptx import PtxLoss
 from policy.ppo.roles import Roles
 from policy.tensors import masked_reduce
 
@@ -36,6 +37,7 @@ class Learner:
 
     Attributes:
         skipped_steps: steps of the run that were not taken because a loss or gradient was not finite.
+        ptx_steps: steps of the run with the language-model loss, which decide its next demonstrations.
         skipped_rows: rows of the rollout batch that did it, for each skipped step of the current update.
     """
 
@@ -45,6 +47,7 @@ class Learner:
     critic_schedule: LambdaLR
     generator: torch.Generator
     skipped_steps: int = 0
+    ptx_steps: int = 0
     skipped_rows: list[list[int]] = field(default_factory=list)
 
     @classmethod
@@ -77,6 +80,7 @@ class Learner:
             "critic_schedule": self.critic_schedule.state_dict(),
             "generator": self.generator.get_state(),
             "skipped_steps": self.skipped_steps,
+            "ptx_steps": self.ptx_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -87,6 +91,7 @@ class Learner:
         self.critic_schedule.load_state_dict(state["critic_schedule"])
         self.generator.set_state(state["generator"])
         self.skipped_steps = state["skipped_steps"]
+        self.ptx_steps = state["ptx_steps"]
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,13 @@ class UpdateOptions:
     Attributes:
         max_response_tokens: the length that `fixed_length` divides by.
         train_policy: False while the critic warms up.
+        ptx: the language-model loss on demonstrations; None without it.
     """
 
     ppo: PpoSection
     max_response_tokens: int
     train_policy: bool = True
+    ptx: PtxLoss | None = None
 
 
 def ppo_update(roles: Roles, learner: Learner, experience: Experience, options: UpdateOptions) -> dict[str, float]:
@@ -162,6 +169,9 @@ def _optimiser_step(
             metrics[key] = metrics[key] + value
     if ppo.target_kl is not None and metrics["policy/approxkl_avg"] > ppo.target_kl:
         return None
+    if options.ptx is not None and options.train_policy:
+        learner.ptx_steps += 1
+        metrics["loss/ptx_avg"] = options.ptx.backward(roles, learner.ptx_steps)
     norms = {
         "policy/grad_norm": nn.utils.clip_grad_norm_(roles.trainable(), ppo.max_grad_norm),
         "val/grad_norm": nn.utils.clip_grad_norm_(roles.critic.trainable(), ppo.max_grad_norm),

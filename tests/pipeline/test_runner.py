@@ -107,6 +107,8 @@ def test_what_decides_no_result_is_not_in_the_fingerprint(changed: dict[str, Any
         ({"rm": {"centering": 0.1}}, {"rm"}),
         ({"rollout": {"temperature": 0.7}}, {"rm", "ppo"}),
         ({"ppo": {"kl_coef": 0.2}}, {"ppo"}),
+        ({"ppo": {"ptx_coef": 0.2}}, {"ppo"}),
+        ({"rollout": {"stop": ["\n"]}}, {"rm", "ppo"}),
         ({"eval": {"prompts": 3}}, {"ppo"}),
         ({"eval": {"judges": {"v": {"function": "a:b"}}}}, {"ppo"}),
     ],
@@ -134,6 +136,17 @@ def test_contents_of_files_count(file: str, stale: set[str]) -> None:
     planned = {stage.name: stage for stage in plan(judged)}
     assert {name for name, stage in planned.items() if stage.state == "stale"} == stale
     assert all("contents of" in planned[name].note or "the file" in planned[name].note for name in stale)
+
+
+def test_demonstrations_count_for_ppo_only_where_it_learns_from_them() -> None:
+    plain, with_ptx = recipe(), recipe(ppo={"ptx_coef": 0.1})
+    make_stage("sft", plain)
+    make_stage("rm", plain)
+    before = [mark_of("ppo", made_with) for made_with in (plain, with_ptx)]
+    Path("sft.jsonl").write_text('{"changed": 1}\n')
+    after = [mark_of("ppo", made_with) for made_with in (plain, with_ptx)]
+    assert after[0] == before[0]
+    assert after[1] != before[1]
 
 
 def test_a_chat_template_file_counts_by_its_contents() -> None:

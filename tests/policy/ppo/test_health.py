@@ -236,7 +236,11 @@ EDGES = {
     ),
     "exploding_kl": (3, [{"objective/kl": kl} for kl in (18.0, 20.0, 22.3)], [{"objective/kl": 19.9}] * 3),
     "clipfrac_high": (3, [{"policy/clipfrac_avg": 0.31}] * 3, [{"policy/clipfrac_avg": 0.31}] * 2),
-    "clipfrac_low": (10, [{"policy/clipfrac_avg": 9e-4}] * 10, [{"policy/clipfrac_avg": 9e-4}] * 9 + [{}] * 9),
+    "clipfrac_low": (
+        10,
+        [{"policy/clipfrac_avg": 9e-4}] * 10,
+        [{"policy/clipfrac_avg": 9e-4}] * 9 + [{}] + [{"policy/clipfrac_avg": 9e-4}] * 9,
+    ),
     "explained_variance": (
         15,
         [{}] * 10 + [{"val/explained_variance": -0.01}] * 5,
@@ -247,6 +251,11 @@ EDGES = {
         3,
         [{"response/length": 1.1, "objective/kl": 1.0}] * 3,
         [{"response/length": 1.2, "objective/kl": 1.0}] * 3,
+    ),
+    "all_empty of cut responses": (
+        3,
+        [{"response/length": 1.0, "response/eos_rate": 0.5, "objective/kl": 1.0}] * 3,
+        [{"response/length": 1.0, "response/eos_rate": 0.49, "objective/kl": 1.0}] * 3,
     ),
     "entropy_collapse": (
         6,

@@ -28,8 +28,9 @@ from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder, chat_template_sha256, load_tokenizer, tokenizer_sha256
 from policy.models import save_model
 from policy.ppo.critic import load_critic
+from policy.ppo.order import pass_indices
 from policy.ppo.rewards import FunctionReward, ModelReward, Retokeniser, Rewards, load_rewards
-from policy.ppo.stage import prompt_indices, run
+from policy.ppo.stage import run
 from reward_model.score import Normalisation, backbone_and_head, load_reward_model
 from rollout.batch import Completion, RolloutBatch
 from tests.pipeline.conftest import CORPUS, save_other_tokenizer, save_tiny_tokenizer
@@ -83,7 +84,6 @@ PROMPTS = [
 ]
 RESPONSES = ((" a quiet wonder", True), (" old", False))
 MODEL = ModelSection(name_or_path="m")
-
 
 TEMPLATE = "{% for message in messages %}({{ message['content'] }}){% endfor %}"
 
@@ -394,7 +394,7 @@ def test_ppo_runs_on_a_function_alone(policy: Path, functions: str, tmp_path: Pa
         assert row["objective/scores"] == pytest.approx(by_hand, abs=1e-4)
     train = [row["prompt"] for row in rows if row["split"] == "train"]
     seen = importlib.import_module(functions).SEEN
-    assert seen[1:3] == [[train[i] for i in prompt_indices(len(train), 4, update, seed=0)] for update in (1, 2)]
+    assert seen[1:3] == [[train[i] for i in pass_indices(len(train), 4, update, seed=0)] for update in (1, 2)]
     held_out = json.loads((stage.out / "evaluation" / "update_000002.json").read_text())["rows"]
     assert len(held_out) == 4
     targets = {row["prompt"]: row["target"] for row in rows}

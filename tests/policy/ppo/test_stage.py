@@ -42,11 +42,12 @@ def _reward_model(place: Workplace, **changes: Any) -> Path:
     return final
 
 
-def _stage(place: Workplace, reward_model: Path, **ppo: Any) -> Stage:
+def _stage(place: Workplace, reward_model: Path, data: Mapping[str, Any] | None = None, **ppo: Any) -> Stage:
+    limits = {"max_prompt_tokens": 24, "max_response_tokens": 8}
     recipe: Mapping[str, Any] = {
         "name": "tiny",
         "model": {"name_or_path": "model"},
-        "data": {"prompts": str(place.path / "prompts.jsonl"), "max_prompt_tokens": 24, "max_response_tokens": 8},
+        "data": {"prompts": str(place.path / "prompts.jsonl"), **limits, **(data or {})},
         "ppo": {"rollout_batch_size": 8, "num_ppo_epochs": 2, "num_minibatches": 2, "updates": 4, **ppo},
         "rollout": {"engine": "transformers"},
         "eval": {"prompts": 2, "samples_per_prompt": 1},

@@ -9,13 +9,15 @@ import numpy
 import torch
 
 from pipeline.recipe import PpoSection
+from pipeline.tokens import EncodedExample
 from policy.ppo.controllers import AdaptiveKLController
 from policy.ppo.experience import make_experience
+from policy.ppo.order import pass_indices
+from policy.ppo.ptx import PtxLoss
 from policy.ppo.roles import Roles
-from policy.ppo.stage import prompt_indices
 from policy.ppo.state import Stateful, load_newest_state, save_state
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
-from tests.policy.conftest import make_batch, make_roles
+from tests.policy.conftest import EOS, make_batch, make_roles
 
 PPO = PpoSection(rollout_batch_size=6, num_ppo_epochs=2, num_minibatches=2, learning_rate=1e-3, updates=4)
 
@@ -27,9 +29,12 @@ def parts_of(roles: Roles, learner: Learner, controller: AdaptiveKLController) -
 def test_two_updates_equal_one_update_saved_restored_and_one_more(
     policy_dir: Path, reward_dir: Path, tmp_path: Path
 ) -> None:
+    examples = [EncodedExample([1, 20 + row, 30, EOS], 2) for row in range(9)]
+    ptx = PtxLoss(examples, 0.5, 2, 0, 0)
+
     def one_more(roles: Roles, learner: Learner, controller: AdaptiveKLController) -> dict[str, float]:
         experience = make_experience(roles, make_batch(), PPO, controller.kl_coef)
-        metrics = ppo_update(roles, learner, experience, UpdateOptions(PPO, 8))
+        metrics = ppo_update(roles, learner, experience, UpdateOptions(PPO, 8, ptx=ptx))
         controller.update(9.0, 6)
         return metrics
 
@@ -47,6 +52,7 @@ def test_two_updates_equal_one_update_saved_restored_and_one_more(
     assert (torch.rand(1), numpy.random.rand(), random.random()) == drawn
     assert one_more(fresh, other, other_controller) == expected
     assert other.skipped_steps == 2
+    assert other.ptx_steps == learner.ptx_steps == 8
     assert other_controller.kl_coef == controller.kl_coef
     for a, b in zip(roles.policy.parameters(), fresh.policy.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -68,11 +74,11 @@ def test_newest_of_the_last_two_states_is_used_and_half_written_ones_are_not(
 
 
 def test_each_pass_uses_every_prompt_once_in_a_fresh_order() -> None:
-    first = [i for update in (1, 2, 3) for i in prompt_indices(12, 4, update, seed=0)]
-    second = [i for update in (4, 5, 6) for i in prompt_indices(12, 4, update, seed=0)]
+    first = [i for update in (1, 2, 3) for i in pass_indices(12, 4, update, seed=0)]
+    second = [i for update in (4, 5, 6) for i in pass_indices(12, 4, update, seed=0)]
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
-    assert prompt_indices(12, 4, 2, seed=0) == first[4:8]
-    assert prompt_indices(12, 4, 2, seed=1) != first[4:8]
-    uneven = [i for update in range(1, 6) for i in prompt_indices(10, 4, update, seed=0)]
+    assert pass_indices(12, 4, 2, seed=0) == first[4:8]
+    assert pass_indices(12, 4, 2, seed=1) != first[4:8]
+    uneven = [i for update in range(1, 6) for i in pass_indices(10, 4, update, seed=0)]
     assert sorted(uneven) == sorted([*range(10), *range(10)])
