@@ -162,7 +162,9 @@ def make_eos_prone(policy: PreTrainedModel, mean_length: int) -> None:
     with torch.no_grad():
         embedding = policy.get_parameter("model.embed_tokens.weight")
         embedding[:, 0] = CONSTANT
-        embedding[PAD, 0] = -1.0
+        embedding[PAD] = 0.0
+        embedding[PAD, 0] = -4.0
+        embedding[EOS, 1:] = 0.0
         for name, parameter in policy.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter[0] = 0.0
