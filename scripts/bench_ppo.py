@@ -110,7 +110,7 @@ def measure(bench: Bench) -> None:
     rounds = Rounds(bench.workload, [], [])
     settings: dict[str, Any] = {}
     for number in range(options.pairs):
-        size = str(min(GEMM_SIZE[options.device], 64 * bench.workload.shape.hidden_size))
+        size = str(min(GEMM_SIZE[options.device], 16 * bench.workload.shape.hidden_size))
         rounds.gemms.append(json.loads(bench.run([*models, "gemm", options.dtype, options.device, size])))
         for side in [PEER] * (bench.peer is not None) + options.sharing:
             turn, settings[side] = trl_turn(bench, number) if side == PEER else our_turn(bench, number, side)

@@ -39,7 +39,7 @@ class Turn:
     Attributes:
         side: `trl`, or our `ppo.sharing`.
         updates: those that count, after the first.
-        peak_gpu_memory_gib: None on a CPU.
+        peak_gpu_memory_gib: of torch's allocator, the engine in the same process included; None on a CPU.
     """
 
     round: int
