@@ -54,7 +54,7 @@ def linear_names(model: PreTrainedModel) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     found = (name for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear | Conv1D))
-    return {name.rpartition(".")[2] for name in found if ".lora_" not in name and not name.endswith("base_layer")}
+    return {name.removesuffix(".base_layer").rpartition(".")[2] for name in found if ".lora_" not in name}
 
 
 def adapter_layers(model: nn.Module) -> list[LoraLayer]:
@@ -130,6 +130,16 @@ def save_adapter(model: PreTrainedModel, name: str, directory: Path, *, base: st
     config = _config(model, name)
     config.base_model_name_or_path = base
     config.save_pretrained(str(directory))
+
+
+def save_merged(model: PreTrainedModel, name: str, directory: Path, *, base: str) -> dict[str, str]:
+    """Writes the model with the adapter `name` merged, as any other is saved, and the adapter beside it.
+
+    Returns what the manifest says of it under `adapter`.
+    """
+    model.save_pretrained(directory, state_dict=dict(merged_weights(model, name)))
+    save_adapter(model, name, directory / FOLDER, base=base)
+    return {"base_sha256": base_sha256(model)}
 
 
 def load_adapter(model: PreTrainedModel, name: str, directory: Path) -> None:

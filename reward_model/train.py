@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.adapters import add_adapter, save_merged
 from pipeline.artifacts import Artifact
 from pipeline.checkpoints import newest_complete_checkpoint
 from pipeline.data import load_rankings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from reward_model.trainer import RankingTrainer
 
+ADAPTER = "reward"
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0,
     "per_device_train_batch_size": 16,
@@ -143,8 +145,12 @@ def train(stage: Stage, tokenizer: PreTrainedTokenizerBase, data: RankingData) -
     if checkpoint is not None:
         stage.say(f"rm: resuming from {checkpoint.name}")
     output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(stage.out))
     is_main = trainer.is_world_process_zero()
+    if not stage.recipe.rm.lora:
+        trainer.save_model(str(stage.out))
+    elif is_main:
+        stage.record(adapter=save_merged(model, ADAPTER, stage.out, base=stage.inputs["policy"].path))
+        tokenizer.save_pretrained(stage.out)
     if is_main:
         (stage.out / "training_args.bin").unlink(missing_ok=True)
         if stage.recipe.model.dtype != "float32":
@@ -178,6 +184,11 @@ def initial_reward_model(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> Pr
         )
     fresh_head(model, stage.recipe.seed)
     disable_dropout(model)
+    if stage.recipe.rm.lora:
+        add_adapter(model, ADAPTER, stage.recipe.model.lora, seed=stage.recipe.seed)
+        backbone_and_head(model)[1].requires_grad_(True)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        stage.say(f"rm.lora: {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained")
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model
 

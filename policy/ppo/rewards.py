@@ -232,7 +232,7 @@ def load_rewards(
     for name, (artifact, normalisation, retokenise) in models.items():
         limit = ppo.max_tokens_per_micro_batch
         if base is not None and retokenise is None and FOLDER in artifact.manifest:
-            sources[name] = _shared(name, artifact, base(), normalisation, limit, autocast)
+            sources[name] = shared_reward(name, artifact, base(), normalisation, limit, autocast)
             continue
         if base is not None:
             stage.say(f"reward {name}: {artifact.path} is no adapter (rm.lora), so it is loaded as a model of its own")
@@ -262,7 +262,7 @@ def _retokeniser(stage: Stage, name: str, artifact: Artifact, encoder: Encoder) 
     return Retokeniser(encoder, Encoder(tokenizer, encoder.max_prompt_tokens, encoder.max_response_tokens))
 
 
-def _shared(
+def shared_reward(
     name: str,
     artifact: Artifact,
     policy: PreTrainedModel,
@@ -270,7 +270,11 @@ def _shared(
     limit: int,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> AdapterReward:
-    """The reward model's adapter and head over the policy's base."""
+    """The reward model's adapter and head over the policy's base.
+
+    Errors:
+        UserError: the adapter was trained over other weights.
+    """
     if artifact.manifest[FOLDER]["base_sha256"] != base_sha256(policy):
         raise UserError(
             f"ppo.rewards.{name}: {artifact.path} is an adapter over other weights than the policy's, so that they "

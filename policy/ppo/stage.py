@@ -62,6 +62,7 @@ class Run:
     health: Health
     ptx: PtxLoss | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    """The update's wall seconds by phase, and its `cpu_seconds`: those of all threads."""
 
     @property
     def recipe(self) -> Recipe:
@@ -94,7 +95,7 @@ def run(stage: Stage) -> dict[str, Any]:
     with closing(training.engine), stage.progress(ppo.updates, "ppo") as progress:
         done = resume(training)
         for update in range(done + 1, ppo.updates + 1):
-            training.seconds = {}
+            training.seconds, cpu_start = {}, time.process_time()
             with training.timed("rollout"):
                 batch, prompts = sample(training, update)
             with training.timed("experience"):
@@ -119,6 +120,7 @@ def run(stage: Stage) -> dict[str, Any]:
             say_skipped(training, update, experience.batch)
             with training.timed("sync"):
                 training.engine.load_weights(training.roles.weights())
+            training.seconds["cpu_seconds"] = time.process_time() - cpu_start
             metrics = summarise_update(training, experience, losses, gap)
             if math.isfinite(metrics["objective/kl"]):
                 training.controller.update(metrics["objective/kl"], ppo.rollout_batch_size)

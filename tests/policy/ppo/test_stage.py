@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,25 @@ def test_a_forced_start_says_what_it_overrides(tmp_path: Path) -> None:
     assert "ppo.force overrides" in log
     assert "its held-out accuracy has no interval" in log
     assert "no score normalisation is stored" in log
+
+
+def test_an_update_logs_the_cpu_seconds_of_its_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second of sleep in the reward of each rollout batch is wall time of the experience and no CPU time."""
+    (tmp_path / "sleepy.py").write_text(
+        "import time\n\ndef score(prompts, responses, columns):\n"
+        "    time.sleep(1.0 if len(prompts) == 8 else 0.0)\n    return [0.0] * len(prompts)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    place = make_workplace(tmp_path / "work")
+    rewards = {"rm": {"model": "rm"}, "sleepy": {"function": "sleepy:score"}}
+    stage = _stage(place, _reward_model(place), updates=2, rewards=rewards)
+    before = time.process_time()
+    run(stage)
+    spent = time.process_time() - before
+    rows = [json.loads(line) for line in (stage.out / "metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in rows if "time/update" in row]
+    assert len(updates) == 2
+    for row in updates:
+        assert row["time/experience"] > 1.0
+        assert 0.0 < row["time/cpu_seconds"] < 1.0
+    assert sum(row["time/cpu_seconds"] for row in updates) < spent
