@@ -23,7 +23,7 @@ RUN_DIRECTORY := import sys; from pipeline import load, stages; \
 .DEFAULT_GOAL := help
 # Stages follow one another and share the machine: `make -j` never runs two of them at once.
 .NOTPARALLEL:
-.PHONY: help setup lock upgrade sft rm ppo run doctor demo-data demo-base bench \
+.PHONY: help setup lock upgrade sft rm ppo run doctor demo-data demo-base bench learn-ppo \
         format lint type test test-all check mutants clean-run
 
 help: ## list the commands
@@ -59,6 +59,9 @@ demo-base: $(READY) ## pretrain the demo's small base model again
 
 bench: $(READY) ## rollout speed: vLLM beside transformers
 	$(BIN)/python -m scripts.bench_rollout $(ARGS)
+
+learn-ppo: $(READY) ## does PPO learn: 3 seeds against SFT and best of 16, the frontier, a broken reward
+	$(BIN)/python -m scripts.learn_ppo $(RECIPE) $(ARGS)
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix-only --quiet .
