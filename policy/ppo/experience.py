@@ -25,6 +25,7 @@ from policy.ppo.maths import (
     missing_eos_penalty,
     token_rewards,
 )
+from policy.ppo.ranks import Ranks
 from policy.ppo.roles import Roles
 from policy.tensors import TokenScores, masked_mean, masked_sum, masked_var, masked_whiten
 from reward_model.score import token_batches
@@ -32,6 +33,8 @@ from rollout.batch import RolloutBatch
 
 ENOUGH_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens in one forward beyond which a device gains less by more of them than it loses by padding."""
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,9 @@ def make_experience(
     """
     batch = batch.to(roles.device)
     passes = forward_passes(roles, batch, reuse=ppo.num_minibatches == 1)
-    old_logprobs, entropy, values = gather_passes(passes, batch)
+    old_logprobs, entropy, values = gather_passes(roles, passes, batch)
     ref_logprobs = reference_logprobs(roles, batch)
-    combined, source_scores = roles.rewards.scores(batch, prompts)
+    combined, source_scores = score_batch(roles, batch, prompts)
     mask = batch.response_mask
     scores = shape_scores(combined, batch, ppo, scale)
     rewards, kl = token_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef, ppo.kl_estimator)
@@ -118,7 +121,7 @@ def make_experience(
         shaped_scores=scores,
         source_scores=source_scores,
         weights=_weights(batch, old_logprobs, ppo, logprob_tolerance),
-        passes=passes if passes[0].scores.logprobs.requires_grad else (),
+        passes=tuple(one for one in passes if one.scores.logprobs.requires_grad),
     )
 
 
@@ -146,7 +149,7 @@ def forward_passes(roles: Roles, batch: RolloutBatch, *, reuse: bool = False) ->
     token budget together, they are kept for it: the policy has not moved when that step is taken, so its forward would
     only repeat this one.
     """
-    slices = micro_batches(batch, roles.max_tokens)
+    slices = micro_batches(batch, roles.max_tokens, roles.ranks)
     keep = reuse and _padded_tokens(batch, slices) <= roles.max_tokens
     with torch.set_grad_enabled(keep), training_mode(roles, keep):
         passes = [forward_policy(roles, batch, rows, with_entropy=True) for rows in slices]
@@ -172,15 +175,32 @@ def critic_values(roles: Roles, part: RolloutBatch) -> Tensor:
         return roles.critic(part)
 
 
-def gather_passes(passes: Sequence[Pass], batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """old_logprobs, entropy and values [B,R] of the whole batch, float32, without their graphs."""
+def gather_passes(roles: Roles, passes: Sequence[Pass], batch: RolloutBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """old_logprobs, entropy and values [B,R] of the whole batch, all ranks', float32, without their graphs."""
     shape, device = batch.response_mask.shape, batch.response_mask.device
     logprobs, entropy, values = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
     for one in passes:
         for whole, part in ((logprobs, one.scores.logprobs), (entropy, one.scores.entropy), (values, one.values)):
             if part is not None:
                 whole[one.rows, : part.shape[1]] = part.detach().float()
+    roles.ranks.sum_((logprobs, entropy, values))
     return logprobs, entropy, values
+
+
+def score_batch(roles: Roles, batch: RolloutBatch, prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`Rewards.scores` of the whole batch, each rank its share."""
+    if roles.ranks.world == 1:
+        return roles.rewards.scores(batch, prompts)
+    rows = roles.ranks.share(range(len(batch)))
+    combined = torch.zeros(len(batch), device=roles.device)
+    each = {name: torch.zeros_like(combined) for name in roles.rewards.sources}
+    if rows:
+        total, parts = roles.rewards.scores(batch.select(rows), [prompts[row] for row in rows] if prompts else ())
+        combined[rows] = total
+        for name, part in parts.items():
+            each[name][rows] = part
+    roles.ranks.sum_((combined, *each.values()))
+    return combined, each
 
 
 @contextmanager
@@ -202,13 +222,14 @@ def policy_logprobs(
     """Log-probabilities and entropies [B,R] of the responses, forwarded in length-sorted token-budget slices."""
     logprobs = torch.zeros(batch.response_mask.shape, dtype=torch.float32, device=roles.device)
     entropy = torch.zeros_like(logprobs)
-    for rows in micro_batches(batch, roles.max_tokens):
+    for rows in micro_batches(batch, roles.max_tokens, roles.ranks):
         part = batch.select(rows)
         with roles.autocast():
             scores = response_scores(model, part, roles.temperature, with_entropy=with_entropy)
         width = part.response_ids.shape[1]
         logprobs[rows, :width] = scores.logprobs.float()
         entropy[rows, :width] = scores.entropy.float()
+    roles.ranks.sum_((logprobs, entropy))
     return logprobs, entropy
 
 
@@ -261,19 +282,21 @@ def unsound_rows(roles: Roles, experience: Experience, rows: list[int]) -> list[
     sound = torch.stack([tensor.isfinite().all(1) for tensor in told]).all(0)
     if sound.all():
         part = experience.batch.select(rows)
-        logprobs, _, values = gather_passes(forward_passes(roles, part), part)
+        logprobs, _, values = gather_passes(roles, forward_passes(roles, part), part)
         sound[rows] = (logprobs + values).isfinite().all(1)
     return (~sound).nonzero().flatten().tolist() or sorted(rows)
 
 
-def micro_batches(batch: RolloutBatch, max_tokens: int) -> list[list[int]]:
-    """Row indices in slices of similar length with at most `max_tokens` padded tokens each.
+def micro_batches(batch: RolloutBatch, max_tokens: int, ranks: Ranks = ALONE) -> list[list[int]]:
+    """This rank's row indices in slices of similar length with at most `max_tokens` padded tokens each.
 
-    A slice that has work enough for the device is closed where the next row would be mostly padding.
+    A slice that has work enough for the device is closed where the next row would be mostly padding. Ranks take turns
+    in order of length, so that they have about the same work.
     """
     lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).tolist()
+    own = ranks.share(sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True))
     enough = ENOUGH_TOKENS["cuda" if batch.prompt_ids.is_cuda else "cpu"]
-    return list(token_batches(lengths, max_tokens, enough))
+    return [[own[i] for i in slice_] for slice_ in token_batches([lengths[row] for row in own], max_tokens, enough)]
 
 
 def _padded_tokens(batch: RolloutBatch, slices: Sequence[Sequence[int]]) -> int:

@@ -65,13 +65,14 @@ class PtxLoss:
         batch = self.batch(step).to(roles.device)
         tokens = float(batch.response_mask.sum())
         total = torch.zeros((), device=roles.device)
-        for rows in micro_batches(batch, roles.max_tokens):
+        for rows in micro_batches(batch, roles.max_tokens, roles.ranks):
             part = batch.select(rows)
             with roles.autocast():
                 scores = response_scores(roles.policy, part, TEMPERATURE, with_entropy=False)
             loss = -masked_mean(scores.logprobs, part.response_mask, tokens)
             (self.coef * loss).backward()
             total = total + loss.detach()
+        roles.ranks.sum_((total,))
         return total
 
 

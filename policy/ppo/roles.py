@@ -28,6 +28,7 @@ from pipeline.tokens import EncodedPrompt, Encoder
 from policy.critics import POLICY, Critic, ValueHead
 from policy.models import cast, check_projection, disable_dropout, load_policy, save_model
 from policy.ppo.critic import load_critic
+from policy.ppo.ranks import Ranks
 from policy.ppo.rewards import ModelReward, Rewards, load_rewards
 
 MIB = 1024**2
@@ -49,6 +50,7 @@ class Roles:
     temperature: float
     max_tokens: int
     autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +27,15 @@ from policy.ppo.ptx import PtxLoss
 from policy.ppo.roles import Roles
 from policy.tensors import masked_reduce
 
+SUMMED = (
+    "loss/policy_avg",
+    "loss/value_avg",
+    "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+    "val/ratio",
+    "val/clipfrac_avg",
+)
+"""What the micro-batches of a step, on all ranks, add up to."""
 MUST_BE_FINITE = ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "val/grad_norm")
 
 
@@ -155,7 +163,7 @@ def _optimiser_step(
     Where a loss or gradient is not finite neither optimiser moves, and the learner notes the rows.
     """
     ppo = options.ppo
-    metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=roles.device))
+    metrics = {key: torch.zeros((), device=roles.device) for key in SUMMED}
     minibatch = experience.batch.select(rows)
     counts = StepCounts(
         tokens=float(minibatch.response_mask.sum()),
@@ -167,11 +175,13 @@ def _optimiser_step(
     for one in experience.passes or _passes(roles, experience, rows, ppo):
         for key, value in _backward(roles, experience, one, ppo, counts).items():
             metrics[key] = metrics[key] + value
+    roles.ranks.sum_(metrics.values())
     if ppo.target_kl is not None and metrics["policy/approxkl_avg"] > ppo.target_kl:
         return None
     if options.ptx is not None and options.train_policy:
         learner.ptx_steps += 1
         metrics["loss/ptx_avg"] = options.ptx.backward(roles, learner.ptx_steps)
+    roles.ranks.sum_gradients([*roles.trainable(), *roles.critic.trainable()])
     norms = {
         "policy/grad_norm": nn.utils.clip_grad_norm_(roles.trainable(), ppo.max_grad_norm),
         "val/grad_norm": nn.utils.clip_grad_norm_(roles.critic.trainable(), ppo.max_grad_norm),
@@ -193,7 +203,7 @@ def _passes(roles: Roles, experience: Experience, rows: list[int], ppo: PpoSecti
     A critic that shares nothing with it follows after the policy's backward, so that one graph is alive at a time.
     """
     minibatch = experience.batch.select(rows)
-    for slice_ in micro_batches(minibatch, roles.max_tokens):
+    for slice_ in micro_batches(minibatch, roles.max_tokens, roles.ranks):
         chosen = [rows[i] for i in slice_]
         yield forward_policy(roles, experience.batch, chosen, with_entropy=ppo.entropy_coef > 0)
 

@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
+from pipeline.adapters import base_sha256
 from pipeline.artifacts import open_artifact
 from pipeline.checkpoints import newest_complete_checkpoint
 from pipeline.errors import UserError
@@ -27,6 +30,9 @@ from reward_model.train import run
 from tests.tiny_stage import prepare_stage, save_tiny_policy, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+PROJECTIONS = [f"self_attn.{letter}" for letter in "qkvo"] + [f"mlp.{name}" for name in ("gate", "up", "down")]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,26 @@ def test_the_artifact_is_complete(policy: Path, tmp_path: Path) -> None:
     answers = [encoder.response_ids(text)[0] for text in (" plot 3", " good good plot 3")]
     worse, better = score_responses(model, [encoder.prompt_ids(Prompt("film 3"))] * 2, answers).tolist()
     assert better > worse
+
+
+def test_an_adapter_is_saved_beside_the_model_it_was_merged_into(policy: Path, tmp_path: Path) -> None:
+    """Only the adapter and the head are trained; base and adapter give the merged model's scores."""
+    stage = open_stage(tmp_path, policy, rows(32), lora=True)
+    assert stage.recipe.rm.lora
+    done = stage.complete(run(stage))
+    assert "parameters are trained" in (done / "log.txt").read_text()
+    merged = load_reward_model(done, torch.float32, "cpu")
+    base = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
+    manifest = json.loads((done / "manifest.json").read_text())
+    assert manifest["adapter"] == {"base_sha256": base_sha256(base)}
+    before, after = base.state_dict(), merged.state_dict()
+    moved = {key.rpartition("_proj.")[0] for key in after if not torch.equal(before[key], after[key])}
+    assert {key for key in moved if key} == {f"model.layers.{i}.{m}" for i in (0, 1) for m in PROJECTIONS}
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    shared = PeftModel.from_pretrained(base, str(done / "adapter"))
+    ids = torch.tensor([[1, 20, 30, 40]])
+    trunk = shared.base_model.model.model(ids).last_hidden_state
+    torch.testing.assert_close(trunk, merged.base_model(ids).last_hidden_state, rtol=1e-4, atol=1e-5)
 
 
 def tied_row() -> dict[str, Any]:
@@ -206,11 +232,13 @@ def test_samples_show_the_best_and_the_worst_ordered_rankings(policy: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_killed_run_completes_as_an_uninterrupted_one(policy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_killed_run_completes_as_an_uninterrupted_one(policy: Path, tmp_path: Path, lora: bool) -> None:
     from safetensors.torch import load_file
 
     file = write_rows(tmp_path / "rankings.jsonl", rows(48))
-    asked = recipe(policy, file, {"max_steps": 120, "save_steps": 20, "eval_strategy": "no", "save_total_limit": 9})
+    trainer = {"max_steps": 120, "save_steps": 20, "eval_strategy": "no", "save_total_limit": 9}
+    asked = recipe(policy, file, trainer, lora=lora)
     whole = prepare_stage(tmp_path / "whole" / "rm.partial", asked, "rm", {"policy": policy})
     killed = prepare_stage(tmp_path / "killed" / "rm.partial", asked, "rm", {"policy": policy})
     assert start(whole).wait() == 0
