@@ -26,6 +26,7 @@ CONSTANT = 0.25
 POSITIONS = 1024
 HELD_OUT = 2
 CALIBRATION = (8, 64)
+TOLERANCE = 1e-3
 GEMM_REPEATS = 5
 
 
@@ -73,7 +74,7 @@ class Workload:
 WORKLOADS = {
     "tiny": Workload(Shape("llama", 512, 64, 128, 2, 2, 1), 8, 8, 16, 6, 128),
     "a": Workload(Shape("llama", 4096, 256, 816, 4, 4, 4), 64, 64, 96, 24, 2048),
-    "b": Workload(Shape("llama", 49152, 576, 1536, 30, 9, 3), 16, 64, 48, 24, 2048),
+    "b": Workload(Shape("llama", 49152, 576, 1536, 30, 9, 3), 16, 64, 48, 24, 768),
     "qwen2.5-0.5b": Workload(Shape("qwen2", 151936, 896, 4864, 24, 14, 2), 64, 256, 512, 256, 16384),
     "qwen2.5-1.5b": Workload(Shape("qwen2", 151936, 1536, 8960, 28, 12, 2), 64, 256, 512, 256, 16384),
 }
@@ -179,12 +180,15 @@ def make_eos_prone(policy: PreTrainedModel, mean_length: int) -> None:
         eos = logits[:, EOS].double()
         logits[:, EOS] = -torch.inf
         against = eos - logits.logsumexp(-1).double()
-        low, high = 0.0, 16.0
+        low, high = 0.0, 1024.0
         for _ in range(60):
             middle = (low + high) / 2
             rare = torch.sigmoid(against + middle * hidden[:, 0]).mean().item() < 1 / mean_length
             low, high = (middle, high) if rare else (low, middle)
         embedding[EOS, 0] += low
+        found = torch.sigmoid(against + low * hidden[:, 0]).mean().item()
+    if abs(found * mean_length - 1) > TOLERANCE:
+        raise ValueError(f"P(EOS) came out as {found:.3g}, not 1 / {mean_length}")
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

@@ -145,12 +145,13 @@ def _weights(batch: RolloutBatch, old_logprobs: Tensor, ppo: PpoSection, toleran
 def forward_passes(roles: Roles, batch: RolloutBatch, *, reuse: bool = False) -> tuple[Pass, ...]:
     """Policy and critic over `batch` in length-sorted micro-batches.
 
-    With `reuse` the first optimiser step sees the whole batch. Where the graphs of all micro-batches also fit into the
-    token budget together, they are kept for it: the policy has not moved when that step is taken, so its forward would
-    only repeat this one.
+    With `reuse` the first optimiser step sees the whole batch. Where the graphs of all micro-batches, the policy's and
+    the critic's, also fit into the token budget together, they are kept for it: the policy has not moved when that
+    step is taken, so its forward would only repeat this one.
     """
     slices = micro_batches(batch, roles.max_tokens, roles.ranks)
-    keep = reuse and _padded_tokens(batch, slices) <= roles.max_tokens
+    graphs = 1 if roles.critic.on_policy else 2
+    keep = reuse and graphs * _padded_tokens(batch, slices) <= roles.max_tokens
     with torch.set_grad_enabled(keep), training_mode(roles, keep):
         passes = [forward_policy(roles, batch, rows, with_entropy=True) for rows in slices]
         return tuple(
