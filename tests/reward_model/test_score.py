@@ -85,6 +85,13 @@ def test_token_batches_are_as_large_as_the_budget_allows() -> None:
     assert list(token_batches([2, 5, 3, 2], 6)) == [[1], [2, 0], [3]]
 
 
+def test_a_batch_of_enough_tokens_ends_where_padding_begins() -> None:
+    """9 is no less than 7/8 of 10, and 8 is; the second batch has not enough tokens to leave out a 4."""
+    assert list(token_batches([10, 4, 10, 8, 9], 100, enough=20)) == [[0, 2, 4], [3, 1]]
+    assert list(token_batches([10, 4, 10, 8, 9], 100, enough=8)) == [[0, 2, 4], [3], [1]]
+    assert list(token_batches([10, 4, 10, 8, 9], 20, enough=20)) == [[0, 2], [4, 3], [1]]
+
+
 def test_load_reward_model_round_trip(tmp_path: Path) -> None:
     model = LlamaForSequenceClassification(config())
     model.config.attention_dropout = 0.1
