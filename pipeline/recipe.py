@@ -203,9 +203,7 @@ class PpoSection(Section):
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the policy's loss."""
     ptx_coef: NonNegative = 0.0
-    """Weight of the language-model loss on `data.sft` in the policy's loss (PPO-ptx); 0 turns it off."""
-    ptx_batch_size: Count | None = None
-    """Its demonstrations per optimiser step; null means as many as the step has sequences."""
+    """Weight of the language-model loss on `data.sft` in the policy's loss (PPO-ptx), as many examples per step as sequences."""
     target_kl: Positive | None = None
     """Mean 0.5 (log-ratio)^2 per token, in nats, above which the rest of an update is left out; null: never."""
     critic_warmup_updates: Annotated[Integer, Field(ge=0)] = 0
@@ -260,15 +258,6 @@ class PpoSection(Section):
                 f"rollout_batch_size ({self.rollout_batch_size}) is not a multiple of "
                 f"num_minibatches ({self.num_minibatches}); make it one, so that every optimiser step "
                 "sees the same number of sequences"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _ptx_is_on(self) -> PpoSection:
-        if self.ptx_batch_size is not None and self.ptx_coef == 0.0:
-            raise ValueError(
-                f"ptx_batch_size ({self.ptx_batch_size}) has no effect while ptx_coef is 0; set ptx_coef, or leave "
-                "ptx_batch_size out"
             )
         return self
 

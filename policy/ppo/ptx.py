@@ -94,7 +94,7 @@ def load_ptx(stage: Stage, encoder: Encoder) -> PtxLoss | None:
             f"ppo.ptx_coef: data.long_prompts: {recipe.data.long_prompts} leaves no training example of data.sft.",
             mend="Raise data.max_prompt_tokens, or set ppo.ptx_coef: 0.",
         )
-    size = ppo.ptx_batch_size or ppo.rollout_batch_size // ppo.num_minibatches
+    size = ppo.rollout_batch_size // ppo.num_minibatches
     stage.record(ptx={"data": split.report, "lengths": lengths.as_dict()})
     stage.say(f"ptx: {ppo.ptx_coef:g} x the loss on {len(examples)} demonstrations, {size} per optimiser step")
     return PtxLoss(examples, ppo.ptx_coef, size, recipe.seed, encoder.pad_token_id)

@@ -93,7 +93,6 @@ def test_merge_keys_and_aliases_are_yaml_as_usual(write) -> None:
             [":5: rollout.top_p: ", "every importance ratio would be biased", "trl issue 6789"],
         ),
         ("ppo: {ptx_coef: 0.5}\n", [": ppo.ptx_coef (0.5)", "data.sft, which is not set; set data.sft"]),
-        ("ppo: {ptx_batch_size: 4}\n", [":4: ppo: ptx_batch_size (4) has no effect while ptx_coef is 0"]),
         ("ppo: {ptx_coef: -1}\ndata: {sft: a}\n", [":4: ppo.ptx_coef: ", "greater than or equal to 0"]),
         ("rollout: {top_k: 50}\n", [":4: rollout.top_k: ", "rollout.temperature is the only"]),
         ("rollout: {top_n: 50}\n", [":4: rollout.top_n: unknown key"]),

@@ -119,9 +119,9 @@ def test_the_stage_learns_from_the_training_demonstrations_alone(tmp_path: Path)
     change_rows(place.path / "sft.jsonl", {n: {"split": "eval" if n < 20 else "train"} for n in range(48)})
     reward_model = _reward_model(place)
     data = {"sft": str(place.path / "sft.jsonl")}
-    stage = _stage(place, reward_model, data, updates=2, ptx_coef=0.5, ptx_batch_size=3)
+    stage = _stage(place, reward_model, data, updates=2, ptx_coef=0.5)
     run(stage)
-    assert "ptx: 0.5 x the loss on 28 demonstrations, 3 per optimiser step" in (stage.out / "log.txt").read_text()
+    assert "ptx: 0.5 x the loss on 28 demonstrations, 4 per optimiser step" in (stage.out / "log.txt").read_text()
     rows = [json.loads(line) for line in (stage.out / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss/ptx_avg"] for row in rows if "objective/kl" in row]
     assert len(losses) == 2

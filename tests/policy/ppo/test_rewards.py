@@ -362,6 +362,7 @@ def test_ppo_runs_on_a_function_alone(policy: Path, functions: str, tmp_path: Pa
     rows: list[dict[str, Any]] = [
         {"prompt": f"{n} {words[n]}", "target": float(n), "split": "train" if n % 4 else "eval"} for n in range(24)
     ]
+    steps = {"updates": 2, "rollout_batch_size": 4, "num_ppo_epochs": 1, "score_clip": None, "missing_eos_penalty": 0.0}
     recipe = {
         "name": "x",
         "model": {"name_or_path": str(policy)},
@@ -371,11 +372,7 @@ def test_ppo_runs_on_a_function_alone(policy: Path, functions: str, tmp_path: Pa
             "max_response_tokens": 6,
         },
         "ppo": {
-            "updates": 2,
-            "rollout_batch_size": 4,
-            "num_ppo_epochs": 1,
-            "score_clip": None,
-            "missing_eos_penalty": 0.0,
+            **steps,
             "rewards": {
                 "size": {"function": f"{functions}:characters", "weight": 0.5},
                 "target": {"function": f"{functions}:target", "kwargs": {"scale": 2.0}, "weight": -1.0},
