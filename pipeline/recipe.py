@@ -203,7 +203,7 @@ class PpoSection(Section):
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus in the policy's loss."""
     ptx_coef: NonNegative = 0.0
-    """Weight of the language-model loss on `data.sft` in the policy's loss (PPO-ptx), as many examples per step as sequences."""
+    """Weight of the language-model loss on `data.sft` in the policy's loss (PPO-ptx); 0 turns it off."""
     target_kl: Positive | None = None
     """Mean 0.5 (log-ratio)^2 per token, in nats, above which the rest of an update is left out; null: never."""
     critic_warmup_updates: Annotated[Integer, Field(ge=0)] = 0
