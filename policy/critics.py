@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ POLICY = "policy"
 """Name of the policy's adapter."""
 
 
-class Critic(nn.Module):
+class Critic(nn.Module, ABC):
     """Values of the states before every response token: a scalar head on the last hidden states.
 
     The outputs pass through the same affine map (score - mean) / std as the reward model's scores, so that a critic
@@ -52,9 +53,9 @@ class Critic(nn.Module):
         return self.affine.apply(values.to(torch.promote_types(values.dtype, torch.float32))) * batch.response_mask
 
     @property
+    @abstractmethod
     def trunk(self) -> PreTrainedModel:
         """The model whose `base_model` gives the hidden states."""
-        raise NotImplementedError
 
     def acting(self) -> AbstractContextManager[None]:
         """What the forward and the backward pass of the critic must stand in."""
@@ -64,9 +65,9 @@ class Critic(nn.Module):
         """The weights that the critic's optimiser moves."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    @abstractmethod
     def classifier(self) -> PreTrainedModel:
         """The critic as a sequence classifier with one output, to be saved."""
-        raise NotImplementedError
 
 
 class ValueModel(Critic):
@@ -113,9 +114,7 @@ class ValueHead(Critic):
         config.update({"num_labels": 1, AFFINE: [self.affine.mean, self.affine.std]})
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         body, head = backbone_and_head(model)
-        trunk = self.trunk.base_model
-        merged = merged_weights(trunk, self.adapter or POLICY)
-        body.load_state_dict(dict(merged))
+        body.load_state_dict(dict(merged_weights(self.trunk.base_model, self.adapter or POLICY)))
         head.load_state_dict(self.head.state_dict())
         return model
 
