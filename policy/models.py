@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from pipeline.errors import UserError
-from policy.tensors import TokenScores, logprobs_from_hidden, position_ids, shifted_response_hidden
+from policy.tensors import TokenScores, left_aligned, logprobs_from_hidden, shifted_response_hidden
 from rollout.batch import RolloutBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -90,12 +90,13 @@ def response_scores(
 
 
 def response_hidden(model: PreTrainedModel, batch: RolloutBatch) -> Tensor:
-    """The trunk's last hidden states [B,R,D], each before the response token that it predicts."""
-    mask = batch.attention_mask
-    hidden = model.base_model(
-        input_ids=batch.input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-    ).last_hidden_state
-    return shifted_response_hidden(hidden, batch.prompt_ids.shape[1], batch.response_ids.shape[1])
+    """The trunk's last hidden states [B,R,D], each before the response token that it predicts.
+
+    Rows are as wide as the longest prompt and response together, and attention is causal without a mask of its own.
+    """
+    ids = left_aligned(batch.input_ids, batch.attention_mask)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return shifted_response_hidden(hidden, batch.prompt_mask.sum(1), batch.response_ids.shape[1])
 
 
 def token_scores(

@@ -99,13 +99,16 @@ def masked_reduce(
     raise ValueError(f"reduction must be token_mean, sequence_mean or fixed_length, got {reduction!r}")
 
 
-def position_ids(attention_mask: Tensor) -> Int[Tensor, "batch time"]:
-    """Positions [B,S] (long) of a padded batch: cumsum(mask) - 1, at least 0.
+def left_aligned(ids: Int[Tensor, "batch total"], mask: Bool[Tensor, "batch total"]) -> Int[Tensor, "batch width"]:
+    """The real tokens of every row from its first column on, [B,W], W those of the longest row.
 
-    The first real token of a row has position 0 wherever the padding stands. `attention_mask`
-    [B,S] may be boolean or 0/1 integers.
+    `mask` is True on one unbroken stretch of each row. What follows a row's tokens is arbitrary ids of the row: causal
+    attention never looks there, so that neither a mask nor position ids are needed.
     """
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    counts = mask.sum(1)
+    columns = torch.arange(int(counts.max()), device=ids.device)
+    first = mask.int().argmax(1, keepdim=True)
+    return ids.gather(1, (first + columns).clamp(max=ids.shape[1] - 1))
 
 
 def _pad(
@@ -301,16 +304,15 @@ def logprobs_from_hidden(
 
 
 def shifted_response_hidden(
-    hidden: Float[Tensor, "batch time dim"], prompt_length: int, response_length: int
+    hidden: Float[Tensor, "batch width dim"], prompt_lengths: Int[Tensor, " batch"], response_length: int
 ) -> Float[Tensor, "batch response dim"]:
-    """The hidden states [B,R,D] that predict the R response tokens, from [B,S,D].
+    """The hidden states [B,R,D] that predict R response tokens, from those [B,W,D] of left-aligned rows.
 
-    Position t - 1 predicts token t, so these are positions P - 1 .. P + R - 2. Raises ValueError
-    when P < 1 or S < P + R - 1.
+    Position t - 1 predicts token t, so these are positions P - 1 .. P + R - 2 of a row with a prompt of P tokens; past
+    the row's end, where no response token is, the last one again. Raises ValueError when a prompt is empty.
     """
-    if prompt_length < 1:
+    if not (prompt_lengths > 0).all():
         raise ValueError("a response needs at least one prompt position before it")
-    stop = prompt_length + response_length - 1
-    if hidden.shape[1] < stop:
-        raise ValueError(f"{hidden.shape[1]} positions are too few: the response needs {stop}")
-    return hidden[:, prompt_length - 1 : stop]
+    columns = torch.arange(response_length, device=hidden.device)
+    positions = (prompt_lengths[:, None] - 1 + columns).clamp(max=hidden.shape[1] - 1)
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))

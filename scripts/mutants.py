@@ -63,8 +63,8 @@ TENSORS = _of(
     ("    x = torch.where(mask, x, 0.0)\n", ""),
     ("sum(-1) / counts.clamp(min=1)", "mean(-1)"),
     ("return masked_mean(per_sequence, counts > 0,", "return masked_mean(per_sequence, counts >= 0,"),
-    (".cumsum(-1) - 1).clamp(min=0)", ".cumsum(-1)).clamp(min=0)"),
-    (".cumsum(-1) - 1).clamp(min=0)", ".cumsum(-1) - 1)"),
+    ("mask.int().argmax(1, keepdim=True)", "torch.zeros_like(counts)[:, None]"),
+    (".clamp(max=ids.shape[1] - 1)", ""),
     ("width - len(row) if left else 0", "0 if left else width - len(row)"),
     ("_at_least_float32(logits) / temperature", "_at_least_float32(logits) * temperature"),
     ("scaled = _at_least_float32(logits)", "scaled = logits"),
@@ -78,7 +78,8 @@ TENSORS = _of(
     ("entropy[rows] = -_p_logp", "entropy[rows] = _p_logp"),
     ("dtype = torch.get_autocast_dtype(device)", "pass"),
     ("range(0, n, size)]", "range(0, n, n)]"),
-    ("hidden[:, prompt_length - 1 : stop]", "hidden[:, prompt_length : stop + 1]"),
+    ("(prompt_lengths[:, None] - 1 + columns)", "(prompt_lengths[:, None] + columns)"),
+    (".clamp(max=hidden.shape[1] - 1)", ""),
 )
 PPO = _of(
     "policy/ppo/maths.py",

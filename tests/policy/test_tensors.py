@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from policy.tensors import (
+    left_aligned,
     left_pad,
     logprobs_from_hidden,
     logprobs_from_logits,
@@ -17,7 +18,6 @@ from policy.tensors import (
     masked_sum,
     masked_var,
     masked_whiten,
-    position_ids,
     right_pad,
     shifted_response_hidden,
 )
@@ -115,13 +115,16 @@ def test_whitened_values_have_mean_0_variance_1_whatever_the_padding(
     torch.testing.assert_close(whitened[mask], expected, rtol=1e-9, atol=1e-7)
 
 
-def test_position_ids_start_at_the_first_real_token() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
-    expected = [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 0, 0, 0]]
-    for kind in (torch.bool, torch.long):
-        positions = position_ids(mask.to(kind))
-        assert positions.dtype == torch.long
-        assert positions.tolist() == expected
+def test_left_aligned_rows_by_hand() -> None:
+    ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 9, 9], [0, 4, 9, 9, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 0, 0, 0]], dtype=torch.bool)
+    aligned = left_aligned(ids, mask)
+    assert aligned.shape == (3, 3)
+    assert aligned[0].tolist() == [5, 6, 7]
+    assert aligned[1].tolist() == [1, 2, 3]
+    assert aligned[2, 0] == 4
+    late = torch.tensor([[False, True], [True, True]])
+    assert left_aligned(torch.tensor([[8, 4], [2, 3]]), late).tolist() == [[4, 4], [2, 3]]
 
 
 def test_padding_by_hand() -> None:
@@ -290,11 +293,12 @@ def test_autocast_runs_the_product_in_its_dtype_forward_and_backward() -> None:
 
 
 def test_response_hidden_is_one_position_early() -> None:
-    # P = 3, R = 2: token 3 is predicted at position 2, token 4 at position 3
+    # prompts of 3 and 1 tokens, R = 2: position 2 predicts token 3 and 3 token 4; 0 predicts 1 and 1 predicts 2
     hidden = torch.arange(5.0).reshape(1, 5, 1).expand(2, 5, 2)
-    assert shifted_response_hidden(hidden, 3, 2)[1, :, 0].tolist() == [2.0, 3.0]
-    assert shifted_response_hidden(hidden[:, :4], 3, 2)[0, :, 1].tolist() == [2.0, 3.0]
-    with pytest.raises(ValueError, match="too few"):
-        shifted_response_hidden(hidden[:, :3], 3, 2)
+    found = shifted_response_hidden(hidden, torch.tensor([3, 1]), 2)
+    assert found[..., 0].tolist() == [[2.0, 3.0], [0.0, 1.0]]
+    assert found[..., 1].tolist() == found[..., 0].tolist()
+    # a row that ends before R response tokens: its last position, which no mask lets through
+    assert shifted_response_hidden(hidden, torch.tensor([4, 1]), 3)[0, :, 0].tolist() == [3.0, 4.0, 4.0]
     with pytest.raises(ValueError, match="prompt"):
-        shifted_response_hidden(hidden, 0, 2)
+        shifted_response_hidden(hidden, torch.tensor([3, 0]), 2)

@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.errors import UserError
 from pipeline.recipe import PpoSection, Recipe
-from policy.ppo.experience import check_engine, experience_metrics, make_experience
-from rollout.batch import RolloutBatch
+from policy.ppo.experience import check_engine, experience_metrics, make_experience, policy_logprobs
+from rollout.batch import Completion, RolloutBatch
 from rollout.engine import EngineOptions, SamplingOptions
 from rollout.hf_engine import TransformersEngine
 from tests.policy.conftest import EOS, PROMPTS, RESPONSES, make_batch, make_roles
@@ -71,6 +71,25 @@ def test_micro_batches_and_padding_change_nothing(
     for name in FIELDS:
         assert torch.allclose(vars(got)[name][:, :width], vars(expected)[name], atol=2e-5), name
         assert (vars(got)[name][:, width:] == 0).all(), name
+
+
+def test_a_forward_is_no_wider_than_its_longest_row_and_keeps_to_the_token_budget(
+    policy_dir: Path, reward_dir: Path
+) -> None:
+    """A long prompt with a short answer and a short prompt with a long answer need no more than either."""
+    roles = make_roles(policy_dir, reward_dir, max_tokens=24)
+    lengths = [(9, 3), (3, 9), (2, 4)]
+    prompts = [list(range(3, 3 + size)) for size, _ in lengths]
+    completions = [Completion((4,) * size, (-1.0,) * size, finished=False) for _, size in lengths]
+    batch = RolloutBatch.from_completions(prompts, completions, pad_id=0)
+    shapes: list[tuple[int, ...]] = []
+
+    def note(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    with roles.policy.base_model.register_forward_pre_hook(note, with_kwargs=True):
+        policy_logprobs(roles, roles.policy, batch)
+    assert shapes == [(2, 12), (1, 6)]
 
 
 def test_metrics_report_both_estimates_of_the_kl_and_the_weights(policy_dir: Path, reward_dir: Path) -> None:
