@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
 from rich.text import Text
 
 from pipeline.artifacts import open_artifact
 from pipeline.errors import UserError
+from pipeline.load import RESOLVED
 from pipeline.records import Prompt
 from pipeline.tokens import Encoder
 
@@ -162,6 +164,7 @@ def open_conversation(
     from transformers import AutoTokenizer
 
     from rollout.engine import DTYPES, EngineOptions, make_engine, read_config
+    from rollout.stop import with_stops
 
     directory = _directory(open_artifact(policy, kinds=POLICIES, wanted_as="chat").path)
     try:
@@ -187,9 +190,8 @@ def open_conversation(
         dtype=dtype if dtype in DTYPES else "float32",
     )
     start = random.SystemRandom().randrange(2**31) if seed is None else seed
-    conversation = Conversation(
-        make_engine(engine, directory, options), encoder, context, max_new_tokens=max_new_tokens, seed=start
-    )
+    opened = with_stops(make_engine(engine, directory, options), _stop_texts(directory), encoder)
+    conversation = Conversation(opened, encoder, context, max_new_tokens=max_new_tokens, seed=start)
     try:
         conversation.set_temperature(str(temperature))
     except ValueError as error:
@@ -210,6 +212,14 @@ def _directory(path: str) -> Path:
         raise UserError(
             f"chat: {path} cannot be fetched from the hub: {reason}", mend="Check the name and the network."
         ) from error
+
+
+def _stop_texts(directory: Path) -> tuple[str, ...]:
+    """`rollout.stop` of the recipe that the policy was trained with; none for a model from elsewhere."""
+    resolved = directory / RESOLVED
+    if not resolved.is_file():
+        return ()
+    return tuple(yaml.safe_load(resolved.read_text(encoding="utf-8")).get("rollout", {}).get("stop", ()))
 
 
 def _stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -168,7 +169,10 @@ def prepare(recipe: Recipe, needed: Sequence[str], console: Console) -> None:
     """
     for entry in recipe.prepare:
         target = Path(entry.makes)
-        if target.exists() or not any(_is_inside(path, target) for path in needed):
+        if not any(_is_inside(path, target) for path in needed):
+            continue
+        if target.exists():
+            _say_if_outdated(target, entry.command, console)
             continue
         _make_directory(target.parent)
         with only_one(target.parent / f".{target.name}.lock") as lock:
@@ -197,7 +201,34 @@ def _make(target: Path, command: str, lock: int) -> None:
             mend="Its own message is above; mend it and run again.",
         )
     sync_tree(partial)
+    write_text(_made_by(target), _maker_sha256(command))
     partial.rename(target)
+
+
+def _say_if_outdated(target: Path, command: str, console: Console) -> None:
+    made_by = _made_by(target)
+    if made_by.is_file() and made_by.read_text() != _maker_sha256(command):
+        console.print(
+            f"prepare: {target} was made by another command or an earlier version of its script. It is used as it is; "
+            "remove it to have it made anew.",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _made_by(target: Path) -> Path:
+    """Where `_maker_sha256` of the command that made `target` is kept."""
+    return target.with_name(f".{target.name}.made_by")
+
+
+def _maker_sha256(command: str) -> str:
+    """Hash of a `prepare` command and of the files that it names, as paths or as `-m package.module`."""
+    digest = hashlib.sha256(command.encode())
+    for word in shlex.split(command):
+        for file in (Path(word), Path(*word.split(".")).with_suffix(".py")):
+            if file.is_file():
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _state(out: Path, mark: Mapping[str, Any], *, overwrite: bool) -> State:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from pipeline.recipe import Recipe
 from pipeline.tokens import Encoder, load_tokenizer
 from rollout.engine import EngineKind, EngineOptions, RolloutEngine, make_engine
-from rollout.stop import StoppingEngine, stop_tokens
+from rollout.stop import stop_tokens, with_stops
 
 MAX_SEQUENCES = 256
 
@@ -49,4 +48,4 @@ def open_engine(
         gpu_memory_utilization=recipe.rollout.gpu_memory_utilization,
     )
     engine = make_engine(kind or recipe.rollout.engine, model_dir, options, notify)
-    return StoppingEngine(engine, partial(encoder.decode, special=True), stops) if stops else engine
+    return with_stops(engine, stops, encoder)

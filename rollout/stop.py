@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
@@ -95,3 +96,8 @@ class StoppingEngine:
     def close(self) -> None:
         """Of the engine."""
         self.engine.close()
+
+
+def with_stops(engine: RolloutEngine, stops: Sequence[str], encoder: Encoder) -> RolloutEngine:
+    """The engine whose completions end at the first of `stops`; the same one where there is none."""
+    return StoppingEngine(engine, partial(encoder.decode, special=True), stops) if stops else engine

@@ -220,6 +220,12 @@ def summarise_update(
 def say_skipped(training: Run, update: int, batch: RolloutBatch) -> None:
     """Names the rows of each optimiser step that was skipped, with the start of the first one's prompt."""
     for rows in training.learner.skipped_rows:
+        if not rows:
+            training.stage.say(
+                f"update {update}: the loss on demonstrations (ppo.ptx_coef) was not finite, the optimiser step was "
+                "skipped"
+            )
+            continue
         prompt = training.encoder.decode(batch.prompt_ids[rows[0]][batch.prompt_mask[rows[0]]].tolist())
         named = ", ".join(map(str, rows[:NAMED_ROWS])) + (" ..." if len(rows) > NAMED_ROWS else "")
         training.stage.say(

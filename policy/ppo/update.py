@@ -36,7 +36,8 @@ SUMMED = (
     "val/clipfrac_avg",
 )
 """What the micro-batches of a step, on all ranks, add up to."""
-MUST_BE_FINITE = ("loss/policy_avg", "loss/value_avg", "policy/grad_norm", "val/grad_norm")
+PPO_LOSSES = ("loss/policy_avg", "loss/value_avg")
+MUST_BE_FINITE = (*PPO_LOSSES, "policy/grad_norm", "val/grad_norm")
 
 
 @dataclass
@@ -46,7 +47,8 @@ class Learner:
     Attributes:
         skipped_steps: steps of the run that were not taken because a loss or gradient was not finite.
         ptx_steps: steps of the run with the language-model loss, which decide its next demonstrations.
-        skipped_rows: rows of the rollout batch that did it, for each skipped step of the current update.
+        skipped_rows: rows of the rollout batch that did it, for each skipped step of the current update; none where
+            the demonstrations of `ppo.ptx_coef` did.
     """
 
     policy_optimizer: AdamW
@@ -189,7 +191,8 @@ def _optimiser_step(
     step = {key: float(value) for key, value in {**metrics, **norms}.items()}
     if not all(math.isfinite(step[key]) for key in MUST_BE_FINITE):
         learner.skipped_steps += 1
-        learner.skipped_rows.append(unsound_rows(roles, experience, rows))
+        only_ptx = not math.isfinite(step.get("loss/ptx_avg", 0.0)) and all(math.isfinite(step[k]) for k in PPO_LOSSES)
+        learner.skipped_rows.append([] if only_ptx else unsound_rows(roles, experience, rows))
         return step
     learner.critic_optimizer.step()
     if options.train_policy:

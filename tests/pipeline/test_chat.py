@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from pipeline.chat import Conversation, chat, open_conversation, printable
 from pipeline.errors import UserError
+from pipeline.load import RESOLVED
 from tests.pipeline.conftest import CHAT_TEMPLATE
 from tests.tiny_stage import save_tiny_policy
 
@@ -63,6 +66,23 @@ def test_the_reply_is_the_engines_sample_after_the_prompt(policy: Path) -> None:
     while len(ids) < start + 8 and ids[-1] != tokenizer.eos_token_id:
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert conversation.reply("this film is").text == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_a_reply_ends_where_the_recipe_of_the_policy_stops_responses(policy: Path, tmp_path: Path) -> None:
+    conversation = _open(policy)
+    conversation.set_temperature("0")
+    whole = conversation.reply("this film is")
+    assert whole.tokens > 2
+    first_words = whole.text[: len(whole.text) // 2]
+    trained = tmp_path / "trained"
+    shutil.copytree(policy, trained)
+    (trained / RESOLVED).write_text(yaml.safe_dump({"name": "t", "rollout": {"stop": [first_words]}}))
+    stopped = _open(trained)
+    stopped.set_temperature("0")
+    reply = stopped.reply("this film is")
+    assert reply.finished
+    assert reply.tokens < whole.tokens
+    assert first_words in reply.text
 
 
 def test_a_chat_model_remembers_until_reset(chat_policy: Path) -> None:

@@ -337,6 +337,22 @@ def test_prepare_makes_the_product_once_and_whole(tmp_path: Path) -> None:
     prepare_sft("false {out}")
 
 
+def test_prepare_says_when_the_script_that_made_the_product_has_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("maker").mkdir()
+    Path("maker/make.py").write_text("import sys, pathlib; pathlib.Path(sys.argv[1]).mkdir()\n")
+    for _ in range(2):
+        prepare_sft("python -m maker.make {out}")
+    assert "earlier version" not in capsys.readouterr().out
+    with Path("maker/make.py").open("a") as script:
+        script.write("# mended\n")
+    prepare_sft("python -m maker.make {out}")
+    assert "prepare: new was made by another command or an earlier version of its script" in capsys.readouterr().out
+    Path("new").rmdir()
+    for _ in range(2):
+        prepare_sft("python -m maker.make {out}")
+    assert "earlier version" not in capsys.readouterr().out
+
+
 def test_prepare_runs_nothing_that_is_not_needed() -> None:
     made = recipe(prepare=[{"makes": "new", "command": "false {out}"}])
     prepare(made, ["newer/sft.jsonl", "sft.jsonl"], Console())

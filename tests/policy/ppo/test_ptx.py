@@ -129,3 +129,15 @@ def test_the_stage_learns_from_the_training_demonstrations_alone(tmp_path: Path)
     plain = _stage(make_workplace(tmp_path / "plain"), reward_model, data, updates=1)
     run(plain)
     assert "loss/ptx_avg" not in (plain.out / "metrics.jsonl").read_text()
+
+
+def test_demonstrations_that_are_not_finite_skip_the_step_and_name_no_response(tmp_path: Path) -> None:
+    """GPT-2 learns its positions: those past every response are NaN, and the one demonstration reaches them."""
+    roles = make_roles(*gpt2_dirs(tmp_path))
+    with torch.no_grad():
+        roles.policy.get_parameter("transformer.wpe.weight")[12:] = torch.nan
+    long = EncodedExample(list(range(3, 20)), 2)
+    options = UpdateOptions(PPO, 8, ptx=PtxLoss([long], COEF, 1, 0, 0))
+    learner = Learner.create(roles, PPO, seed=0)
+    ppo_update(roles, learner, make_experience(roles, make_batch(), PPO, 0.1), options)
+    assert (learner.skipped_steps, learner.skipped_rows) == (6, [[]] * 6)
