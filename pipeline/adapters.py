@@ -184,7 +184,6 @@ def _inject(model: PreTrainedModel, name: str, config: LoraConfig, seed: int) ->
 
     layers = adapter_layers(model)
     acting = layers[0].active_adapters[0] if layers else name
-    model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model, adapter_name=name)

@@ -12,7 +12,14 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline.errors import UserError
 from pipeline.recipe import PpoSection, Recipe
-from policy.ppo.experience import check_engine, experience_metrics, make_experience, policy_logprobs
+from policy.ppo.experience import (
+    check_engine,
+    experience_metrics,
+    make_experience,
+    policy_logprobs,
+    shape_scores,
+    training_mode,
+)
 from rollout.batch import Completion, RolloutBatch
 from rollout.engine import EngineOptions, SamplingOptions
 from rollout.hf_engine import TransformersEngine
@@ -92,6 +99,36 @@ def test_a_forward_is_no_wider_than_its_longest_row_and_keeps_to_the_token_budge
     assert shapes == [(2, 12), (1, 6)]
 
 
+def test_the_first_forward_is_kept_only_where_its_graphs_fit_into_the_token_budget(
+    policy_dir: Path, reward_dir: Path
+) -> None:
+    """Six rows of 45 tokens in all; the policy's and the critic's graph stand beside each other."""
+    ppo = PPO.model_copy(update={"num_minibatches": 1})
+    lengths = make_batch().attention_mask.sum(1)
+    padded = int(lengths.max()) * len(lengths)
+    for max_tokens, kept in ((padded, False), (2 * padded - 1, False), (2 * padded, True)):
+        roles = make_roles(policy_dir, reward_dir, max_tokens=max_tokens)
+        assert bool(make_experience(roles, make_batch(), ppo, 0.1).passes) == kept
+    assert not make_experience(roles, make_batch(), PPO.model_copy(update={"num_minibatches": 2}), 0.1).passes
+
+
+def test_models_train_inside_training_mode_alone(policy_dir: Path, reward_dir: Path) -> None:
+    roles = make_roles(policy_dir, reward_dir)
+    with training_mode(roles):
+        assert roles.policy.training
+        assert roles.critic.training
+    with training_mode(roles, on=False):
+        assert not roles.policy.training
+    assert not roles.policy.training
+    assert not roles.critic.training
+
+
+def test_scores_are_clipped_on_both_sides_before_the_penalties() -> None:
+    ppo = PPO.model_copy(update={"score_clip": 1.5})
+    scores = torch.tensor([4.0, -4.0, 0.5, 4.0, -4.0, 0.5])  # rows 1 and 4 have no EOS
+    assert shape_scores(scores, make_batch(), ppo, None).tolist() == [1.5, -3.5, 0.5, 1.5, -3.5, 0.5]
+
+
 def test_metrics_report_both_estimates_of_the_kl_and_the_weights(policy_dir: Path, reward_dir: Path) -> None:
     roles = make_roles(policy_dir, reward_dir)
     with torch.no_grad():
@@ -106,6 +143,8 @@ def test_metrics_report_both_estimates_of_the_kl_and_the_weights(policy_dir: Pat
         k3.append(sum(math.exp(-gap) - 1 + gap for gap in gaps))
         weights += [min(3.0, math.exp(float(experience.old_logprobs[row, t]) + 1.0)) for t in range(len(response))]
     assert metrics["objective/kl"] == pytest.approx(sum(k1) / 6, rel=1e-5)
+    error = (sum((kl - sum(k1) / 6) ** 2 for kl in k1) / 5 / 6) ** 0.5
+    assert metrics["objective/kl_error"] == pytest.approx(error, rel=1e-4)
     assert metrics["objective/kl_k3"] == pytest.approx(sum(k3) / 6, rel=1e-5)
     assert metrics["rollout/importance_weight"] == pytest.approx(sum(weights) / len(weights), rel=1e-5)
     agreeing = make_experience(roles, make_batch(), ppo, kl_coef=0.1, logprob_tolerance=1e3)

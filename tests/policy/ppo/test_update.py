@@ -14,6 +14,7 @@ from policy.ppo.experience import Experience, make_experience
 from policy.ppo.rewards import ModelReward
 from policy.ppo.roles import Roles
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
+from policy.tensors import Reduction
 from tests.policy.conftest import VOCABULARY, make_batch, make_roles
 
 PPO = PpoSection(
@@ -181,6 +182,43 @@ def test_target_kl_ends_an_update_before_the_step_that_exceeds_it(policy_dir: Pa
     again = make_roles(policy_dir, reward_dir)
     far, _ = _trained(again, experience, PPO.model_copy(update={"target_kl": 1e3}))
     assert far["policy/steps"] == 6
+
+
+def test_target_kl_is_a_bound_on_the_approximate_kl_itself(policy_dir: Path, reward_dir: Path) -> None:
+    ppo = PPO.model_copy(update={"num_minibatches": 1, "num_ppo_epochs": 2, "updates": 9})
+
+    def steps(**changes: float) -> dict[str, float]:
+        roles = make_roles(policy_dir, reward_dir)
+        return _trained(roles, make_experience(roles, make_batch(), PPO, 0.1), ppo.model_copy(update=changes))[0]
+
+    second = 2 * steps()["policy/approxkl_avg"]  # that of the first step is 0
+    assert second > 1e-6
+    assert steps(target_kl=0.9 * second)["policy/steps"] == 1
+    assert steps(target_kl=1.1 * second)["policy/steps"] == 2
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "fixed_length"])
+def test_the_clipped_value_loss_of_a_step_by_hand(policy_dir: Path, reward_dir: Path, reduction: Reduction) -> None:
+    """All six sequences in one step, 8 tokens at most; the critic has moved since the values of the experience."""
+    roles = make_roles(policy_dir, reward_dir, max_tokens=12)
+    ppo = PPO.model_copy(
+        update={"num_minibatches": 1, "num_ppo_epochs": 1, "cliprange_value": 0.1, "loss_reduction": reduction}
+    )
+    experience = replace(make_experience(roles, make_batch(), ppo, 0.1), passes=())
+    with torch.no_grad():
+        roles.critic.head.weight.mul_(1.5)
+        values = roles.critic(make_batch())
+    old, returns, mask = experience.values, experience.returns, experience.batch.response_mask
+    clipped = old + (values - old).clamp(-0.1, 0.1)
+    losses = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * mask
+    assert not torch.allclose(clipped, values, atol=1e-2)
+    expected = {
+        "token_mean": losses.sum() / mask.sum(),
+        "sequence_mean": (losses.sum(1) / mask.sum(1)).mean(),
+        "fixed_length": losses.sum() / (6 * 8),
+    }[reduction]
+    metrics, _ = _trained(roles, experience, ppo)
+    assert metrics["loss/value_avg"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_log_probs_move_with_the_advantages_and_values_towards_returns(policy_dir: Path, reward_dir: Path) -> None:
