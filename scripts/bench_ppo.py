@@ -5,9 +5,9 @@
 
 Both sides train the same random models on the same prompts with the same settings and threads. The models end their
 answers by chance (P(EOS) = 1 / mean length) and the learning rate is so low that they go on doing so. The sides take
-turns (A B A B ...), each turn a fresh process whose first update is not counted, and a ratio is the median over the
-rounds of the ratio within a round. Our side is the PPO stage as `tristage ppo` runs it; its held-out evaluations are
-not counted. On CUDA our side runs alone.
+turns (A B A B ...), each turn a fresh process whose first updates are not counted (`--warm-up`), and a ratio is the
+median over the rounds of the ratio within a round. Our side is the PPO stage as `tristage ppo` runs it; its held-out
+evaluations are not counted. On CUDA our side runs alone.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".bench"
 PEER_VERSION = "1.12.0"
 PEER_PACKAGES = ("torch==2.13.0", f"trl=={PEER_VERSION}", "transformers==5.19.0", "peft", "psutil")
-WARM_UP = 1
-"""Updates of a turn that are not counted."""
 LEARNING_RATE = 1e-7
 EPOCHS = 4
 KL_COEF = 0.05
@@ -143,7 +141,7 @@ def our_turn(bench: Bench, number: int, sharing: str) -> tuple[Turn, dict[str, A
         "device": manifest["device"],
     }
     memory = manifest["peak_memory_gib"], manifest.get("peak_gpu_memory_gib")
-    return Turn(number, sharing, updates[WARM_UP:], *memory), settings
+    return Turn(number, sharing, updates[bench.options.warm_up :], *memory), settings
 
 
 def our_update(row: Mapping[str, float], epochs: float) -> Update:
@@ -212,7 +210,7 @@ def trl_turn(bench: Bench, number: int) -> tuple[Turn, dict[str, Any]]:
     found = json.loads(result.read_text())
     updates = [Update(**update, phases={}, epochs=EPOCHS) for update in found["updates"]]
     settings = {"config": config, "packages": found["packages"], "threads": found["threads"]}
-    return Turn(number, PEER, updates[WARM_UP:], found["peak_memory_gib"], None), settings
+    return Turn(number, PEER, updates[bench.options.warm_up :], found["peak_memory_gib"], None), settings
 
 
 def trl_config(bench: Bench, number: int) -> dict[str, Any]:
@@ -316,7 +314,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=GEMM_SIZE, default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 on CUDA")
     parser.add_argument("--pairs", type=int, default=5, help="rounds")
-    parser.add_argument("--updates", type=int, default=2, help="per turn; the first is not counted")
+    parser.add_argument("--updates", type=int, default=2, help="per turn")
+    parser.add_argument("--warm-up", type=int, default=1, help="first updates of a turn that are not counted")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--sharing", type=_sharings, default=["full"], help="of our side: full, lora, lora-shared")
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="rollout.engine")
@@ -326,8 +325,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where the report goes")
     options = parser.parse_args(arguments)
     options.dtype = options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[options.device]
-    if options.pairs < 1 or options.updates <= WARM_UP:
-        parser.error(f"--pairs must be at least 1 and --updates at least {WARM_UP + 1}")
+    if options.pairs < 1 or not 0 <= options.warm_up < options.updates:
+        parser.error("--pairs must be at least 1, and --updates more than --warm-up")
     return options
 
 
