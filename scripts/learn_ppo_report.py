@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 KL_SLACK = 1.1
 """Share of the KL target that a run may end at."""
-GOLD_SHARE = 0.1
-"""Of the score's gain, both in standard deviations of SFT's responses: judges that gain less do not follow the score.
-PPO against the demo's sound reward model has about 0.5."""
 NAME = "learn_ppo"
 
 
@@ -157,11 +154,15 @@ def all_claims(outcome: Outcome) -> Iterator[Claim]:
 
 def _length_claims(outcome: Outcome) -> Iterator[Claim]:
     gained = length_gains(outcome)
-    score = gained.pop(SCORE)
+    score = gained[SCORE]
     yield Claim(score.low > 0, f"the broken reward's score rises by {_text(score)} standard deviations of SFT")
-    for name, gain in gained.items():
-        text = f"{name} does not follow it: {_text(gain)} standard deviations, under {GOLD_SHARE:g} of the score's gain"
-        yield Claim(gain.high < GOLD_SHARE * score.mean, text)
+    last = list(outcome.length.reports.values())[-1]
+    for name in outcome.judges:
+        lost = hierarchical_bootstrap([_paired(outcome.first.ppo, last, name)])
+        text = (
+            f"{name} ends below PPO with the trained reward: {_text(lost)}; over SFT {_text(gained[name])} deviations"
+        )
+        yield Claim(lost.high < 0, text)
     wanted = length_hacking.__name__
     said = [verdict for verdict in outcome.length.health if verdict["name"] == wanted]
     text = "".join(f"update {verdict['update']}: {verdict['cause']}" for verdict in said) or "no such verdict"

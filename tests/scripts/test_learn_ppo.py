@@ -192,7 +192,7 @@ BROKEN: dict[str, tuple[Mapping[str, Any], str]] = {
         {"length": LengthRun({0: report(0.4, 6.0, 0.0), 5: report(0.1, 5.0, 9.0)}, (VERDICT,))},
         "the broken reward's score rises",
     ),
-    "judge follows": ({"length": LengthRun({0: SFT, 5: report(0.9, 6.0, 9.0)}, (VERDICT,))}, "gold does not follow"),
+    "judge follows": ({"length": LengthRun({0: SFT, 5: report(0.9, 6.0, 9.0)}, (VERDICT,))}, "gold ends below PPO"),
     "health is silent": ({"length": LengthRun({0: SFT, 5: LONG}, ())}, "health reports length_hacking: no such"),
     "another verdict": (
         {"length": LengthRun({0: SFT, 5: LONG}, ({**VERDICT, "name": "exploding_kl"},))},
