@@ -183,10 +183,14 @@ REWARDS = _of(
         "Prompt(self.policy.decode(ids)) if isinstance(prompt.content, str) else prompt",
         "Prompt(self.policy.decode(ids))",
     ),
-    ("source.normalisation.std / rewards.weights[name]", "source.normalisation.std * rewards.weights[name]"),
-    ("source.normalisation.std / rewards.weights[name]", "source.normalisation.std"),
     ("len(prompt) + len(response) > positions", "len(prompt) + len(response) >= positions"),
     ("len(prompt) + len(response) > positions", "len(response) > positions"),
+)
+CRITIC = _of(
+    "policy/ppo/critic.py",
+    "tests/policy/ppo/test_rewards.py",
+    ("source.normalisation.std / rewards.weights[name]", "source.normalisation.std * rewards.weights[name]"),
+    ("source.normalisation.std / rewards.weights[name]", "source.normalisation.std"),
 )
 HEALTH = _of(
     "policy/ppo/health.py",
@@ -320,4 +324,4 @@ MODELS_AND_CRITICS = (
     ),
 )
 MUTANTS = TENSORS + PPO + CONTROLLERS + REWARD_MODEL + ROLLOUT + REWARDS + HEALTH + PTX + STOP
-MUTANTS += UPDATE + EXPERIENCE + MODELS_AND_CRITICS
+MUTANTS += CRITIC + UPDATE + EXPERIENCE + MODELS_AND_CRITICS
