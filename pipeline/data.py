@@ -1,4 +1,4 @@
-"""What the stages read: demonstrations, rankings and prompts, checked, in train and eval splits.
+"""What the stages read: demonstrations, preferences and prompts, checked, in train and eval splits.
 
 Local JSONL, JSON and CSV files need the standard library only; `datasets` and `pyarrow` are
 imported for Parquet, saved data sets and hub ids. No function here imports torch or transformers.
@@ -10,17 +10,17 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 from pipeline.errors import UserError
 from pipeline.formats import ReadTally, Row
 from pipeline.recipe import DataSection, DataSource
-from pipeline.records import Prompt, Ranking, RowError, SftExample
+from pipeline.records import LabelledResponse, Prompt, Ranking, RowError, SftExample
 from pipeline.rows import FORMS, RowParser
 from pipeline.sources import Location, fingerprint, locate, read_rows
 
 T = TypeVar("T")
-Record = TypeVar("Record", SftExample, Ranking, Prompt)
+Record = SftExample | Ranking | LabelledResponse | Prompt
 
 LISTED_REASONS = 20
 SPLIT_NAMES = {"train": "train", "eval": "eval", "validation": "eval", "test": "eval"}
@@ -44,6 +44,10 @@ class Split(Generic[T]):
             f"{report['train']} train, {report['eval']} eval (split by {report['split_by']})"
         ]
         lines += [f"  {name}: {count}" for name, count in report["counts"].items() if count]
+        if "conversion" in report:
+            made = report["conversion"]
+            counts = ", ".join(f"{count} {name}" for name, count in made["counts"].items())
+            lines.append(f"  {made['from']} -> {made['to']}: {made['train']} train, {made['eval']} eval ({counts})")
         if report["unused_columns"]:
             lines.append(f"  other columns: {', '.join(report['unused_columns'])}")
         if report["skipped"]["count"]:
@@ -58,17 +62,37 @@ def load_sft(data: DataSection) -> Split[SftExample]:
     Raises UserError for an unset or missing source, a bad row (with `data.on_error: raise`) or an
     empty split.
     """
-    return _load("sft", data.sft, data)
+    return load_records("sft", data.sft, data)
 
 
 def load_rankings(data: DataSection) -> Split[Ranking]:
     """Ranked answers of `data.preferences`; a pair is a ranking of two.
 
     Rankings whose answers are all tied are kept and counted: they hold no pair to learn from.
-    Raises UserError as `load_sft`, when no training ranking holds a pair, and when most `scores`
-    contradict the `ranks`, which means that the ranks run upwards.
+    Raises UserError as `load_sft` and `check_rankings`, and for labels, which rank nothing.
     """
-    split: Split[Ranking] = _load("preferences", data.preferences, data)
+    split = load_records("preferences", data.preferences, data)
+    if has_labels(split):
+        raise UserError(
+            f"data.preferences: its {split.report['form']} rows are labels, which say whether one answer is good and "
+            "do not rank answers: no reward model can be trained on them.",
+            mend="Give pairs or rankings; or train with kto, which learns from labels, with dpo, ipo, simpo, orpo or "
+            "contrast on the pairs made of them, or with ift on the desirable answers.",
+        )
+    return check_rankings(split)
+
+
+def has_labels(split: Split[Any]) -> TypeGuard[Split[LabelledResponse]]:
+    """Whether the preferences are labelled answers; else they are rankings. A source never mixes the two."""
+    return isinstance(split.train[0], LabelledResponse)
+
+
+def check_rankings(split: Split[Ranking]) -> Split[Ranking]:
+    """The same rankings with their pairs counted in the report.
+
+    Raises UserError when no training ranking holds a pair, and when most `scores` contradict the
+    `ranks`, which means that the ranks run upwards.
+    """
     rankings = split.train + split.eval
     agree, contradict = _scores_against_ranks(rankings)
     if contradict > agree:
@@ -101,36 +125,27 @@ def load_prompts(data: DataSection) -> Split[Prompt]:
     `data.preferences` trains on are left out and counted. Raises UserError as `load_sft`, and when
     no held-out prompt remains.
     """
-    if data.prompts is not None:
-        split: Split[Prompt] = _load("prompts", data.prompts, data)
-        train, held_out, report = split.train, split.eval, split.report
-    elif data.preferences is not None:
-        rankings = load_rankings(data)
-        train = [r.prompt for r in rankings.train]
-        held_out = [r.prompt for r in rankings.eval]
-        report = rankings.report
-    else:
-        demonstrations = load_sft(data)
-        train = [e.prompt for e in demonstrations.train if e.prompt is not None]
-        held_out = [e.prompt for e in demonstrations.eval if e.prompt is not None]
-        report = demonstrations.report
-        if not train or not held_out:
-            raise UserError(
-                "data.prompts is not set and the rows of data.sft have no prompts.",
-                mend="Set data.prompts to a file of rows with a `prompt` column.",
-            )
+    kinds = {"prompts": data.prompts, "preferences": data.preferences, "sft": data.sft}
+    kind = next((kind for kind, source in kinds.items() if source is not None), "sft")
+    split = load_records(kind, kinds[kind], data)
+    train, held_out = _prompts(split.train), _prompts(split.eval)
+    if not train or not held_out:
+        raise UserError(
+            "data.prompts is not set and the rows of data.sft have no prompts.",
+            mend="Set data.prompts to a file of rows with a `prompt` column.",
+        )
     total = len(train) + len(held_out)
     train, held_out = list(dict.fromkeys(train)), list(dict.fromkeys(held_out))
     repeated = total - len(train) - len(held_out)
     unseen = _without_trained_on(held_out, data)
     counts = {
-        **report["counts"],
+        **split.report["counts"],
         "repeated prompts left out": repeated,
         "held-out prompts left out because a stage trains on them": len(held_out) - len(unseen),
     }
     held_out = unseen
     sizes = {"train": len(train), "eval": len(held_out), "counts": counts}
-    return Split(train, held_out, {**report, **sizes})
+    return Split(train, held_out, {**split.report, **sizes})
 
 
 def source_fingerprint(source: str | DataSource) -> dict[str, Any]:
@@ -142,13 +157,19 @@ def source_fingerprint(source: str | DataSource) -> dict[str, Any]:
     return fingerprint(locate(source))
 
 
+def _prompts(records: list[Any]) -> list[Prompt]:
+    """The records' prompts; a plain text row has none."""
+    found = (record if isinstance(record, Prompt) else record.prompt for record in records)
+    return [prompt for prompt in found if prompt is not None]
+
+
 def _without_trained_on(held_out: list[Prompt], data: DataSection) -> list[Prompt]:
     """The held-out prompts that no training row of `data.sft` and `data.preferences` has."""
     sources = {"sft": data.sft, "preferences": data.preferences}
     trained_on: dict[Prompt | None, str] = {}
     for kind, source in sources.items():
         if source is not None:
-            trained_on |= {record.prompt: record.source for record in _load(kind, source, data).train}
+            trained_on |= {record.prompt: record.source for record in load_records(kind, source, data).train}
     unseen = [prompt for prompt in held_out if prompt not in trained_on]
     if not unseen:
         raise UserError(
@@ -172,7 +193,8 @@ def _scores_against_ranks(rankings: list[Ranking]) -> tuple[int, int]:
     return agree, contradict
 
 
-def _load(kind: str, source: str | DataSource | None, data: DataSection) -> Split[Any]:
+def load_records(kind: str, source: str | DataSource | None, data: DataSection) -> Split[Any]:
+    """Records of `source` in any form that `data.<kind>` may have; raises UserError as `load_sft`."""
     key = f"data.{kind}"
     if source is None:
         raise UserError(
@@ -272,7 +294,7 @@ class _Splitter:
         self._seen: dict[str, tuple[str, str]] = {}
         self._records: set[Any] = set()
 
-    def place(self, record: SftExample | Ranking | Prompt, explicit: str | None) -> None:
+    def place(self, record: Record, explicit: str | None) -> None:
         prompt = _split_prompt(record)
         side = explicit or self._side(prompt.split_key)
         known_side, known_source = self._seen.setdefault(prompt.key, (side, record.source))
@@ -323,7 +345,7 @@ def hash_fraction(split_key: str, split_seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _split_prompt(record: SftExample | Ranking | Prompt) -> Prompt:
+def _split_prompt(record: Record) -> Prompt:
     if isinstance(record, Prompt):
         return record
     return record.prompt if record.prompt is not None else Prompt(record.response)

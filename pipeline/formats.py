@@ -15,7 +15,7 @@ from pipeline.records import RowError
 
 READ_BATCH = 1000
 EXCERPT = 60
-CSV_JSON_COLUMNS = ("messages", "responses", "ranks", "scores", "margin")
+CSV_JSON_COLUMNS = ("messages", "responses", "ranks", "scores", "margin", "score_chosen", "score_rejected")
 """CSV cells of these columns hold JSON; every other cell is text."""
 
 

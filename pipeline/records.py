@@ -1,4 +1,4 @@
-"""The row types that every stage speaks: prompts, demonstrations and ranked answers."""
+"""The row types that every stage speaks: prompts, demonstrations, ranked and labelled answers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ Message = Mapping[str, str]
 """One chat message: exactly the keys `role` and `content`."""
 
 ROLES = ("system", "user", "assistant", "tool")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""What begins a turn in a transcript, which is a conversation as plain text (Anthropic/hh-rlhf)."""
 
 
 class RowError(Exception):
@@ -57,12 +59,13 @@ class Prompt:
     def split_key(self) -> str:
         """The part of the content that decides train or eval; a function of the content alone.
 
-        It is `key`, except that a conversation counts only up to its first answered turn: all
-        prompts cut from one conversation fall on the same side, so no answer held out for
-        evaluation stands inside a training prompt.
+        It is `key`, except that a conversation, or a transcript, counts only up to its first
+        answered turn: all prompts cut from one conversation fall on the same side, so no answer
+        held out for evaluation stands inside a training prompt.
         """
         if isinstance(self.content, str):
-            return self.content
+            asked, turn, _ = self.content.partition(ASSISTANT)
+            return asked + turn if asked.startswith(HUMAN) else self.content
         asked = False
         for position, message in enumerate(self.content):
             if message["role"] == "assistant" and asked:
@@ -108,6 +111,16 @@ class Ranking:
         """Number of answer pairs with equal ranks, which a pairwise loss drops."""
         k = len(self.ranks)
         return k * (k - 1) // 2 - self.ordered_pairs()
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledResponse:
+    """One answer with a verdict of its own, not against another answer: KTO's kind of data."""
+
+    prompt: Prompt
+    response: str
+    desirable: bool
+    source: str = field(default="", compare=False)
 
 
 def _canonical(messages: tuple[Message, ...]) -> str:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import difflib
-import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
+from pipeline.fields import (
+    other_columns,
+    read_answer,
+    read_messages,
+    read_number,
+    read_numbers,
+    read_prompt,
+    read_text,
+    refuse,
+)
 from pipeline.formats import Row, excerpt
-from pipeline.records import ROLES, Message, Prompt, Ranking, RowError, SftExample
+from pipeline.records import ASSISTANT, HUMAN, LabelledResponse, Prompt, Ranking, RowError, SftExample
 
 Record = TypeVar("Record")
 
 ALIASES = {
-    "completions": ("response", "responses"),
+    "completions": ("responses", "response"),
     "answer": ("response",),
     "answers": ("responses",),
     "output": ("response",),
@@ -33,11 +43,12 @@ ALIASES = {
     "preferred": ("chosen",),
     "refused": ("rejected",),
     "ranking": ("ranks",),
+    "desirable": ("label",),
 }
 """Columns of other tools and the ones they probably mean here."""
-ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-UNSUPPORTED_KEYS = ("tool_calls", "function_call", "weight")
-"""Message keys that would change what is learnt; other extra keys of a message are left out."""
+PAIR_COLUMNS = ("chosen", "rejected")
+PAIR_RATINGS = ("margin", "score_chosen", "score_rejected")
+TURN = re.compile(f"({HUMAN}|{ASSISTANT})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,147 +124,37 @@ class RowParser(Generic[Record]):
         return ""
 
 
-def _refuse(row: Row, name: str, problem: str, mend: str = "") -> NoReturn:
-    raise RowError(row.where, f"`{name}` {problem}", mend)
-
-
-def _text(row: Row, name: str, value: object) -> str:
-    if value is None:
-        _refuse(row, name, "is null.", "Give it text or take the row out.")
-    if not isinstance(value, str):
-        _refuse(row, name, f"must be text, not {excerpt(value)}.", "Write it as a string.")
-    if not value.strip():
-        _refuse(row, name, f"is empty ({value!r}).", "Give it text or take the row out.")
-    return _encodable(row, name, value)
-
-
-def _encodable(row: Row, name: str, value: str) -> str:
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            shown = excerpt(value.encode("utf-8", "backslashreplace").decode())
-            _refuse(row, name, f"holds half a surrogate pair: {shown}.", "Remove that character.")
-    return value
-
-
-def _messages(row: Row, name: str, value: object) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        _refuse(
-            row,
-            name,
-            f"must be a list of messages, not {excerpt(value)}.",
-            'Write [{"role": "user", "content": "..."}, ...].',
-        )
-    return tuple(_message(row, f"{name}[{i}]", item) for i, item in enumerate(value))
-
-
-def _message(row: Row, name: str, item: object) -> Message:
-    if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
-        extra = ""
-        if isinstance(item, Mapping) and "from" in item and "value" in item:
-            extra = "Rename `from` to role and `value` to content. "
-        _refuse(
-            row,
-            name,
-            f"must have the keys role and content, not {excerpt(item)}.",
-            f'{extra}Write {{"role": "user", "content": "..."}}.',
-        )
-    for key in UNSUPPORTED_KEYS:
-        if item.get(key) is not None:
-            _refuse(row, name, f"has {key} ({excerpt(item[key])}), which no stage reads.")
-    role, content = item["role"], item["content"]
-    if role not in ROLES:
-        meant = ROLE_ALIASES.get(str(role).lower())
-        hint = f"Did you mean {meant}? " if meant else ""
-        _refuse(row, name, f"has the role {excerpt(role)}.", f"{hint}Roles are {', '.join(ROLES)}.")
-    if not isinstance(content, str):
-        _refuse(row, f"{name}.content", f"must be text, not {excerpt(content)}.", "Write a string.")
-    return {"role": role, "content": _encodable(row, f"{name}.content", content)}
-
-
-def _prompt(row: Row, value: object, columns: Mapping[str, Any], name: str = "prompt") -> Prompt:
-    if not isinstance(value, list):
-        return Prompt(_text(row, name, value), row.where, columns)
-    messages = _messages(row, name, value)
-    if messages[-1]["role"] == "assistant":
-        _refuse(
-            row,
-            name,
-            f"ends with an assistant message, {excerpt(messages[-1]['content'])}.",
-            "End it with the message to be answered.",
-        )
-    if not any(message["content"].strip() for message in messages):
-        _refuse(row, name, "holds only empty messages.", "Give it text or take the row out.")
-    return Prompt(messages, row.where, columns)
-
-
-def _others(row: Row, *used: str) -> dict[str, Any]:
-    return {name: value for name, value in row.values.items() if name not in (*used, "split")}
-
-
-def _answer(row: Row, name: str, value: object, prompt: Prompt) -> str:
-    """An answer as text; a message list must be the answer alone or begin with the prompt."""
-    if not isinstance(value, list):
-        return _text(row, name, value)
-    *context, last = _messages(row, name, value)
-    if last["role"] != "assistant":
-        _refuse(row, name, f"ends with a {last['role']} message.", "End it with the assistant's answer.")
-    if context and tuple(context) != prompt.content:
-        _refuse(
-            row,
-            name,
-            f"does not begin with the prompt: before the answer stands {excerpt(context[-1])}.",
-            "Only the last message may differ from the prompt.",
-        )
-    return _text(row, f"{name}[{len(context)}].content", last["content"])
-
-
-def _numbers(row: Row, name: str, value: object, count: int) -> tuple[float, ...]:
-    if not isinstance(value, list):
-        _refuse(row, name, f"must be a list of numbers, not {excerpt(value)}.")
-    if len(value) != count:
-        _refuse(
-            row,
-            name,
-            f"has {len(value)} entries for {count} responses: {excerpt(value)}.",
-            "Give one per response, in the same order.",
-        )
-    return tuple(_number(row, f"{name}[{i}]", item) for i, item in enumerate(value))
-
-
-def _number(row: Row, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        _refuse(row, name, f"must be a finite number, not {excerpt(value)}.")
-    return float(value)
-
-
 def parse_text(row: Row, tally: Counter[str]) -> list[SftExample]:
     """`text`: one example without a prompt."""
-    return [SftExample(None, _text(row, "text", row.values["text"]), row.where)]
+    return [SftExample(None, read_text(row, "text", row.values["text"]), row.where)]
 
 
 def parse_prompt_response(row: Row, tally: Counter[str]) -> list[SftExample]:
     """`prompt` and `response` (or TRL's `completion`), each text or messages: one example."""
+    prompt, response = _prompt_and_response(row)
+    return [SftExample(prompt, response, row.where)]
+
+
+def _prompt_and_response(row: Row, *used: str) -> tuple[Prompt, str]:
     name = "response" if "response" in row.values else "completion"
-    prompt = _prompt(row, row.values["prompt"], _others(row, "prompt", name))
-    return [SftExample(prompt, _answer(row, name, row.values[name], prompt), row.where)]
+    prompt = read_prompt(row, row.values["prompt"], other_columns(row, "prompt", name, *used))
+    return prompt, read_answer(row, name, row.values[name], prompt)
 
 
 def parse_messages(row: Row, tally: Counter[str]) -> list[SftExample]:
     """`messages`: one example per answer of the assistant; its prompt is all that stands before."""
-    messages = _messages(row, "messages", row.values["messages"])
-    columns = _others(row, "messages")
+    messages = read_messages(row, "messages", row.values["messages"])
+    columns = other_columns(row, "messages")
     examples = []
     asked = False
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and asked:
-            response = _text(row, f"messages[{i}].content", message["content"])
-            prompt = _prompt(row, list(messages[:i]), columns, "messages")
+            response = read_text(row, f"messages[{i}].content", message["content"])
+            prompt = read_prompt(row, list(messages[:i]), columns, "messages")
             examples.append(SftExample(prompt, response, row.where))
         asked = asked or message["role"] == "user"
     if not examples:
-        _refuse(
+        refuse(
             row,
             "messages",
             f"has no assistant message that answers a user: {excerpt(messages[-1])}.",
@@ -266,34 +167,40 @@ def parse_messages(row: Row, tally: Counter[str]) -> list[SftExample]:
 
 
 def parse_pair(row: Row, tally: Counter[str]) -> list[Ranking]:
-    """`prompt`, `chosen`, `rejected`, perhaps `margin`; chat answers may repeat the prompt."""
+    """`prompt`, `chosen`, `rejected`, perhaps with ratings; chat answers may repeat the prompt."""
     values = row.values
-    columns = _others(row, "prompt", "chosen", "rejected", "margin")
-    prompt = _prompt(row, values["prompt"], columns)
+    columns = other_columns(row, "prompt", *PAIR_COLUMNS, *PAIR_RATINGS)
+    prompt = read_prompt(row, values["prompt"], columns)
     chosen = values["chosen"]
     if isinstance(prompt.content, str) and isinstance(chosen, list) and len(chosen) > 1:
         prompt = _prompt_inside(row, chosen, columns, prompt.content)
-    return [_pair(row, prompt)]
+    return [_pair(row, prompt, *(read_answer(row, name, values[name], prompt) for name in PAIR_COLUMNS))]
 
 
 def parse_implicit_pair(row: Row, tally: Counter[str]) -> list[Ranking]:
-    """`chosen` and `rejected` alone: two conversations that differ in the last message."""
-    chosen = row.values["chosen"]
+    """`chosen` and `rejected` alone: two conversations, or transcripts, that differ in the last answer."""
+    values = row.values
+    columns = other_columns(row, *PAIR_COLUMNS, *PAIR_RATINGS)
+    chosen = values["chosen"]
+    if isinstance(chosen, str) and TURN.search(chosen):
+        return [_transcript_pair(row, columns)]
     if not isinstance(chosen, list) or len(chosen) < 2:
-        _refuse(
+        refuse(
             row,
             "chosen",
             f"must be a conversation when there is no `prompt` column, not {excerpt(chosen)}.",
-            "Add a `prompt` column or give both answers as message lists with the prompt in front.",
+            "Add a `prompt` column, or give both answers with the prompt in front: as message lists, or as transcripts "
+            r"of `\n\nHuman:` and `\n\nAssistant:` turns.",
         )
-    return [_pair(row, _prompt_inside(row, chosen, _others(row, "chosen", "rejected", "margin")))]
+    prompt = _prompt_inside(row, chosen, columns)
+    return [_pair(row, prompt, *(read_answer(row, name, values[name], prompt) for name in PAIR_COLUMNS))]
 
 
 def _prompt_inside(row: Row, chosen: list[object], columns: Mapping[str, Any], text: str | None = None) -> Prompt:
-    prompt = _prompt(row, chosen[:-1], columns, "chosen")
+    prompt = read_prompt(row, chosen[:-1], columns, "chosen")
     asked = prompt.content[-1]
     if text is not None and isinstance(asked, Mapping) and asked["content"].strip() != text.strip():
-        _refuse(
+        refuse(
             row,
             "chosen",
             f"does not begin with the prompt {excerpt(text)}: before the answer stands {excerpt(asked)}.",
@@ -302,45 +209,103 @@ def _prompt_inside(row: Row, chosen: list[object], columns: Mapping[str, Any], t
     return prompt
 
 
-def _pair(row: Row, prompt: Prompt) -> Ranking:
-    chosen = _answer(row, "chosen", row.values["chosen"], prompt)
-    rejected = _answer(row, "rejected", row.values["rejected"], prompt)
+def _transcript_pair(row: Row, columns: Mapping[str, Any]) -> Ranking:
+    """Two whole transcripts, as in Anthropic/hh-rlhf: text of Human and Assistant turns.
+
+    They stay plain text, exactly as in the data: the prompt is all up to and with the last `Assistant:`, and an answer
+    keeps its leading space, so prompt + answer is the transcript again. That needs no chat template, suits base models,
+    and a model with a chat template learns the same text.
+    """
+    (asked, chosen), (other, rejected) = (_last_turn(row, name) for name in PAIR_COLUMNS)
+    if asked != other:
+        apart = (i for i, (a, b) in enumerate(zip(asked, other, strict=False)) if a != b)
+        same = next(apart, min(len(asked), len(other)))
+        refuse(
+            row,
+            "rejected",
+            f"differs from `chosen` before the last Assistant turn: {excerpt(other[same:])} where `chosen` has "
+            f"{excerpt(asked[same:])}.",
+            "Only the last answer may differ; take the row out.",
+        )
+    return _pair(row, Prompt(asked, row.where, columns), chosen, rejected)
+
+
+def _last_turn(row: Row, name: str) -> tuple[str, str]:
+    """A transcript up to and with its last `Assistant:`, and the answer behind it."""
+    transcript = read_text(row, name, row.values[name])
+    turns = TURN.findall(transcript)
+    if not transcript.startswith(HUMAN) or turns != [HUMAN, ASSISTANT] * (len(turns) // 2):
+        refuse(
+            row,
+            name,
+            f"is no transcript of Human and Assistant in turn: it begins {excerpt(transcript)} and its turns are "
+            f"{excerpt(''.join(turns))}.",
+            r"Begin it with `\n\nHuman:`, end it with an `\n\nAssistant:` turn, or take the row out.",
+        )
+    head, turn, answer = transcript.rpartition(ASSISTANT)
+    return head + turn, read_text(row, f"{name} (last turn)", answer)
+
+
+def _pair(row: Row, prompt: Prompt, chosen: str, rejected: str) -> Ranking:
     if chosen == rejected:
-        _refuse(
+        refuse(
             row,
             "rejected",
             f"is the same answer as `chosen`: {excerpt(chosen)}.",
             "Take the row out: it prefers nothing.",
         )
-    margin = row.values.get("margin")
-    ratings = None
+    return Ranking(prompt, (chosen, rejected), (0.0, 1.0), _pair_ratings(row), row.where)
+
+
+def _pair_ratings(row: Row) -> tuple[float, float] | None:
+    """A pair's `margin` m as (m, 0), else `score_chosen` and `score_rejected`; None without either."""
+    margin, *scores = (row.values.get(name) for name in PAIR_RATINGS)
     if margin is not None:
-        ratings = (_number(row, "margin", margin), 0.0)
-        if ratings[0] < 0:
-            _refuse(
+        value = read_number(row, "margin", margin)
+        if value < 0:
+            refuse(
                 row,
                 "margin",
                 f"is negative ({margin}): it says the rejected answer is the better one.",
                 "Swap the answers or take the margin out.",
             )
-    return Ranking(prompt, (chosen, rejected), (0.0, 1.0), ratings, row.where)
+        return value, 0.0
+    if scores == [None, None]:
+        return None
+    return read_number(row, "score_chosen", scores[0]), read_number(row, "score_rejected", scores[1])
+
+
+def parse_label(row: Row, tally: Counter[str]) -> list[LabelledResponse]:
+    """`prompt`, `response` (or TRL's `completion`) and `label`: one answer, desirable or not."""
+    prompt, response = _prompt_and_response(row, "label")
+    label = row.values["label"]
+    if label not in (0, 1):
+        shown = f"the text {excerpt(label)}" if isinstance(label, str) else excerpt(label)
+        refuse(
+            row,
+            "label",
+            f"must be the boolean true or false, not {shown}.",
+            "Write true or false without quotes, or 1 or 0; CSV files cannot hold labels.",
+        )
+    tally["desirable_answers" if label else "undesirable_answers"] += 1
+    return [LabelledResponse(prompt, response, bool(label), row.where)]
 
 
 def parse_ranking(row: Row, tally: Counter[str]) -> list[Ranking]:
     """`prompt`, `responses`, `ranks` (lower is better, equal is a tie) and perhaps `scores`."""
     values = row.values
-    prompt = _prompt(row, values["prompt"], _others(row, "prompt", "responses", "ranks", "scores"))
+    prompt = read_prompt(row, values["prompt"], other_columns(row, "prompt", "responses", "ranks", "scores"))
     answers = values["responses"]
     if not isinstance(answers, list) or len(answers) < 2:
-        _refuse(row, "responses", f"must be a list of two or more answers, not {excerpt(answers)}.")
-    responses = tuple(_answer(row, f"responses[{i}]", a, prompt) for i, a in enumerate(answers))
-    ranks = _numbers(row, "ranks", values["ranks"], len(responses))
+        refuse(row, "responses", f"must be a list of two or more answers, not {excerpt(answers)}.")
+    responses = tuple(read_answer(row, f"responses[{i}]", a, prompt) for i, a in enumerate(answers))
+    ranks = read_numbers(row, "ranks", values["ranks"], len(responses))
     given = values.get("scores")
-    ratings = None if given is None else _numbers(row, "scores", given, len(responses))
+    ratings = None if given is None else read_numbers(row, "scores", given, len(responses))
     rank_of: dict[str, float] = {}
     for response, rank in zip(responses, ranks, strict=True):
         if rank_of.setdefault(response, rank) != rank:
-            _refuse(
+            refuse(
                 row,
                 "responses",
                 f"holds one answer with two ranks ({rank_of[response]:g} and {rank:g}): {excerpt(response)}.",
@@ -351,7 +316,7 @@ def parse_ranking(row: Row, tally: Counter[str]) -> list[Ranking]:
 
 def parse_prompt(row: Row, tally: Counter[str]) -> list[Prompt]:
     """`prompt`, text or messages; the other columns are kept."""
-    return [_prompt(row, row.values["prompt"], _others(row, "prompt"))]
+    return [read_prompt(row, row.values["prompt"], other_columns(row, "prompt"))]
 
 
 SFT_FORMS = (
@@ -361,9 +326,11 @@ SFT_FORMS = (
     Form(("messages",), parse_messages),
 )
 PREFERENCE_FORMS = (
-    Form(("prompt", "chosen", "rejected"), parse_pair, takes=("margin",)),
-    Form(("chosen", "rejected"), parse_implicit_pair, takes=("margin",)),
+    Form(("prompt", *PAIR_COLUMNS), parse_pair, takes=PAIR_RATINGS),
+    Form(PAIR_COLUMNS, parse_implicit_pair, takes=PAIR_RATINGS),
     Form(("prompt", "responses", "ranks"), parse_ranking, takes=("scores",)),
+    Form(("prompt", "completion", "label"), parse_label),
+    Form(("prompt", "response", "label"), parse_label),
 )
 PROMPT_FORMS = (Form(("prompt",), parse_prompt),)
 FORMS: dict[str, tuple[Form[Any], ...]] = {

@@ -118,6 +118,7 @@ def nothing(place: Workplace) -> None:
 
 SFT, RM, PPO = ("sft",), ("rm",), ("ppo",)
 LONG = " and so on" * 40
+LABELS = '{"prompt": "why", "completion": "because", "label": true}\n'
 
 CASES = {
     # the recipe
@@ -201,6 +202,18 @@ CASES = {
     "missing column": Case(row("sft.jsonl", 2, response=None), SFT, ("sft.jsonl:3", "response"), stage=True),
     "ranks that do not match": Case(
         row("rankings.jsonl", 6, ranks=[0, 1]), RM, ("rankings.jsonl:7", "ranks"), stage=True
+    ),
+    "label that is no boolean": Case(
+        write("rankings.jsonl", LABELS + LABELS.replace("true", '"yes"')),
+        RM,
+        ("rankings.jsonl:2", "`label`", "'yes'", "true or false"),
+        stage=True,
+    ),
+    "labels for a reward model": Case(
+        write("rankings.jsonl", "".join(LABELS.replace("why", f"why {n}") for n in range(40))),
+        RM,
+        ("data.preferences", "do not rank answers", "kto"),
+        stage=True,
     ),
     "prompt in two splits": Case(
         lambda place: (

@@ -75,7 +75,7 @@ def stages_run_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(sys, "argv", list(words[2:]))
         monkeypatch.syspath_prepend(os.getcwd())
         with pytest.raises(SystemExit) as caught:
-            stage_main(name, importlib.import_module(words[2]).run)
+            stage_main(name, run=importlib.import_module(words[2]).run)
         assert isinstance(caught.value.code, int)
         return Ended(caught.value.code, None)
 

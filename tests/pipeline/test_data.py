@@ -208,6 +208,30 @@ def test_prompts_default_to_preferences_then_to_sft(tmp_path: Path) -> None:
     assert {str(p.content)[0] for p in only.train + only.eval} == {"s"}
 
 
+def test_labels_give_prompts_but_rank_nothing(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i // 2}", "completion": f"r{i}", "label": i % 3 == 0} for i in range(120)]
+    section = DataSection(preferences=write(tmp_path / "a.jsonl", rows))
+    split = load_prompts(section)
+    assert sorted(str(p.content) for p in split.train + split.eval) == sorted(f"p{i}" for i in range(60))
+    assert split.report["counts"]["desirable answers"] == 40
+    assert split.report["counts"]["undesirable answers"] == 80
+    with pytest.raises(UserError, match=r"prompt/completion/label rows are labels.*do not rank.*kto.*dpo.*ift"):
+        load_rankings(section)
+
+
+def test_odd_transcripts_are_skipped_and_counted(tmp_path: Path) -> None:
+    asked = [f"\n\nHuman: {i}?\n\nAssistant:" for i in range(40)]
+    rows = [{"chosen": f"{text} yes", "rejected": f"{text} no"} for text in asked]
+    rows[4] = {"chosen": asked[4] + " a", "rejected": asked[5] + " b"}
+    rows[9] = {"chosen": asked[9] + " a", "rejected": asked[9] + " a"}
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=r"a\.jsonl:5: `rejected` differs from `chosen` before.*on_error: skip"):
+        load_rankings(DataSection(preferences=path))
+    split = load_rankings(DataSection(preferences=path, on_error="skip"))
+    assert len(split.train) + len(split.eval) == 38
+    assert [reason.partition(": ")[0] for reason in split.report["skipped"]["reasons"]] == [f"{path}:5", f"{path}:10"]
+
+
 def test_text_rows_give_no_prompts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": f"t{i}"} for i in range(50)])
     with pytest.raises(UserError, match=r"rows of data\.sft have no prompts.*Set data\.prompts"):

@@ -16,7 +16,9 @@ import pytest
 from pipeline.data import load_prompts, load_rankings, load_sft, source_fingerprint
 from pipeline.errors import UserError
 from pipeline.formats import ReadTally, Row
+from pipeline.preferences import load_preferences
 from pipeline.recipe import DataSection, DataSource
+from pipeline.records import LabelledResponse, Prompt
 from pipeline.sources import Location, locate, read_rows
 
 ROWS = [
@@ -76,6 +78,10 @@ def write(form: str, folder: Path, rows: list[dict[str, Any]]) -> str:
     return str(folder / "saved")
 
 
+RATED = [
+    {"prompt": f"p{i}", "chosen": "c", "rejected": "r", "score_chosen": 8.5, "score_rejected": 6} for i in range(40)
+]
+LABELLED = [{"prompt": f"p{i}", "completion": "r", "label": i % 3 == 0} for i in range(40)]
 FORMATS = ["jsonl", "csv", "json", "json-data", "jsonl-as-json", "folder"]
 FORMATS += ["parquet", "saved", "saved-dict"]
 
@@ -98,6 +104,19 @@ def test_rankings_in_every_kind_of_file(form: str, tmp_path: Path) -> None:
     assert first.responses == ("a", "b, c")
     assert first.ranks == (0.0, 1.0)
     assert first.ratings == (1.5, 0.0)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_rated_pairs_in_every_kind_of_file(form: str, tmp_path: Path) -> None:
+    split = load_rankings(DataSection(preferences=write(form, tmp_path, RATED)))
+    assert {r.ratings for r in split.train + split.eval} == {(8.5, 6.0)}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_labels_in_every_kind_of_file_that_has_truth_values(form: str, tmp_path: Path) -> None:
+    split = load_preferences(DataSection(preferences=write(form, tmp_path, LABELLED)))
+    read = sorted(split.train + split.eval, key=lambda row: int(row.prompt.key[1:]))
+    assert read == [LabelledResponse(Prompt(f"p{i}"), "r", i % 3 == 0) for i in range(40)]
 
 
 @pytest.fixture

@@ -56,6 +56,15 @@ def test_every_later_prompt_of_a_conversation_has_the_first_one_s_split_key(
     assert keys == {Prompt(chat("u:start")).key}
 
 
+def test_split_key_of_a_transcript_stops_at_the_first_answer() -> None:
+    first = "\n\nHuman: hi\n\nAssistant:"
+    assert Prompt(first).split_key == first
+    assert Prompt(first + " hello\n\nHuman: bye\n\nAssistant:").split_key == first
+    assert Prompt("\n\nHuman: hi").split_key == "\n\nHuman: hi"
+    quoted = "He wrote:" + first + " hello"
+    assert Prompt(quoted).split_key == quoted
+
+
 def test_pairs_of_a_ranking() -> None:
     ranking = Ranking(Prompt("p"), ("a", "b", "c", "d"), (0.0, 1.0, 1.0, 2.0))
     # (0,1) (0,1) (0,2) (1,2) (1,2) are ordered; (1,1) is the tie

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.formats import Row
-from pipeline.records import Prompt, Ranking, RowError, SftExample
+from pipeline.records import LabelledResponse, Prompt, Ranking, RowError, SftExample
 from pipeline.rows import FORMS, RowParser
 
 U = {"role": "user", "content": "hi"}
@@ -54,7 +54,13 @@ def pair(prompt: Any, chosen: str = "hello", rejected: str = "go away") -> Ranki
     return Ranking(Prompt(prompt), (chosen, rejected), (0.0, 1.0))
 
 
-PREFERENCE_ROWS: list[tuple[dict[str, Any], Ranking]] = [
+def label(prompt: Any, response: str, desirable: bool) -> LabelledResponse:
+    return LabelledResponse(Prompt(prompt), response, desirable)
+
+
+ASKED = "\n\nHuman: hi\n\nAssistant:"
+ASKED_AGAIN = ASKED + " hello\n\nAll fine?\n\nHuman: and you?\n\nAssistant:"
+PREFERENCE_ROWS: list[tuple[dict[str, Any], Ranking | LabelledResponse]] = [
     ({"prompt": "p", "chosen": " c", "rejected": " r"}, pair("p", " c", " r")),
     ({"prompt": "p", "chosen": [A], "rejected": [B]}, pair("p")),
     ({"prompt": [U], "chosen": [A], "rejected": [B]}, pair((U,))),
@@ -78,12 +84,63 @@ PREFERENCE_ROWS: list[tuple[dict[str, Any], Ranking]] = [
         {"prompt": "p", "responses": ["a", "a", "b"], "ranks": [1, 1, 1]},
         Ranking(Prompt("p"), ("a", "a", "b"), (1.0, 1.0, 1.0)),
     ),
+    # Anthropic/hh-rlhf: one turn, several turns, an answer of several paragraphs
+    ({"chosen": ASKED + " hello", "rejected": ASKED + " go away"}, pair(ASKED, " hello", " go away")),
+    ({"chosen": ASKED_AGAIN + " A\n\nB ", "rejected": ASKED_AGAIN + " C"}, pair(ASKED_AGAIN, " A\n\nB ", " C")),
+    # HuggingFaceH4/ultrafeedback_binarized and trl-lib/ultrafeedback_binarized
+    (
+        {
+            "prompt": "hi",
+            "prompt_id": "ab12",
+            "chosen": [U, A],
+            "rejected": [U, B],
+            "messages": [U, A],
+            "score_chosen": 8.5,
+            "score_rejected": 6,
+        },
+        Ranking(Prompt((U,)), ("hello", "go away"), (0.0, 1.0), (8.5, 6.0)),
+    ),
+    (
+        {"chosen": [U, A], "rejected": [U, B], "score_chosen": 4.0, "score_rejected": 4.5},
+        Ranking(Prompt((U,)), ("hello", "go away"), (0.0, 1.0), (4.0, 4.5)),
+    ),
+    (
+        {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 2, "score_chosen": 7, "score_rejected": 6},
+        Ranking(Prompt("p"), ("c", "r"), (0.0, 1.0), (2.0, 0.0)),
+    ),
+    (
+        {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": None, "score_rejected": None},
+        pair("p", "c", "r"),
+    ),
+    # trl-lib/kto-mix-14k, and rows with `response`
+    ({"prompt": "p", "completion": " r", "label": True}, label("p", " r", True)),
+    ({"prompt": [S, U], "completion": [A], "label": False}, label((S, U), "hello", False)),
+    ({"prompt": "p", "response": "r", "label": 1}, label("p", "r", True)),
+    ({"prompt": "p", "response": "r", "label": 0}, label("p", "r", False)),
+    ({"prompt": "p", "response": "r", "label": 1.0}, label("p", "r", True)),
 ]
 
 
 @pytest.mark.parametrize(("values", "expected"), PREFERENCE_ROWS)
-def test_preference_forms(values: dict[str, Any], expected: Ranking) -> None:
-    assert parse("preferences", values) == [expected]
+def test_preference_forms(values: dict[str, Any], expected: Ranking | LabelledResponse) -> None:
+    [record] = parse("preferences", values)
+    assert record == expected
+    assert record.source == "f.jsonl:7"
+
+
+TURNS = st.lists(st.text("ab \n:", min_size=1).filter(str.strip), min_size=2, max_size=7).filter(
+    lambda t: len(t) % 2 == 0
+)
+
+
+@given(TURNS, st.text("cd \n:").map("c".__add__))
+def test_a_transcript_is_cut_in_two_and_nothing_is_lost(turns: list[str], other: str) -> None:
+    text = "".join(f"\n\n{('Human', 'Assistant')[i % 2]}:{turn}" for i, turn in enumerate(turns))
+    rejected = text.removesuffix(turns[-1]) + other
+    [ranking] = parse("preferences", {"chosen": text, "rejected": rejected, "id": 4})
+    assert ranking.responses == (turns[-1], other)
+    assert [ranking.prompt.content + answer for answer in ranking.responses] == [text, rejected]
+    assert ranking.prompt.columns == {"id": 4}
 
 
 def test_other_columns_go_with_the_prompt() -> None:
@@ -113,6 +170,12 @@ def test_a_column_nobody_reads_is_noted() -> None:
 P = {"prompt": "p"}
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]}
+
+
+def transcripts(chosen: Any, rejected: Any) -> dict[str, Any]:
+    return {"chosen": chosen, "rejected": rejected}
+
+
 BAD_ROWS: list[tuple[str, dict[str, Any], list[str]]] = [
     # form
     (
@@ -168,6 +231,45 @@ BAD_ROWS: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("preferences", {**PAIR, "margin": "2"}, ["`margin` must be a finite number"]),
     ("preferences", {**PAIR, "margin": -1}, ["`margin` is negative (-1)"]),
+    ("preferences", {**PAIR, "score_chosen": 3}, ["`score_rejected` must be a finite number, not 'None'"]),
+    ("preferences", {**PAIR, "score_chosen": "3", "score_rejected": 2}, ["`score_chosen` must be a finite number"]),
+    # transcripts
+    ("preferences", transcripts("hello", "hello"), ["when there is no `prompt` column", "Human:"]),
+    ("preferences", transcripts(ASKED + " a", ASKED + " a"), ["`rejected` is the same answer as `chosen`: 'a'"]),
+    ("preferences", transcripts(ASKED + " a", ASKED + " \n"), ["`rejected (last turn)` is empty (' \\n')"]),
+    ("preferences", transcripts(ASKED, ASKED + " a"), ["`chosen (last turn)` is empty ('')"]),
+    ("preferences", transcripts(ASKED + " a", [U, A]), ["`rejected` must be text"]),
+    (
+        "preferences",
+        transcripts(ASKED_AGAIN + " a", ASKED_AGAIN.replace("hello", "help me") + " b"),
+        ["`rejected` differs from `chosen` before the last", "'p me All fine?", "'lo All fine?"],
+    ),
+    (
+        "preferences",
+        transcripts(ASKED_AGAIN + " a", ASKED + " b"),
+        ["differs from `chosen` before the last", "'' where", "'hello All fine?"],
+    ),
+    ("preferences", transcripts(ASKED + " a\n\nHuman: b", ASKED + " c"), ["`chosen` is no transcript", "hi"]),
+    ("preferences", transcripts("\n\nHuman: x" + ASKED + " a", ASKED + " b"), ["`chosen` is no transcript"]),
+    (
+        "preferences",
+        transcripts("\n\nAssistant: a", "\n\nAssistant: b"),
+        ["no transcript", "its turns are 'Assistant:'"],
+    ),
+    ("preferences", transcripts("x" + ASKED + " a", "x" + ASKED + " b"), ["no transcript", "begins 'x Human: hi"]),
+    # labels
+    (
+        "preferences",
+        {**P, "response": "r", "label": "true"},
+        ["`label` must be the boolean", "not the text 'true'", "CSV"],
+    ),
+    ("preferences", {**P, "response": "r", "label": None}, ["`label` must be the boolean true or false, not 'None'"]),
+    ("preferences", {**P, "response": "r", "label": 2}, ["`label` must be the boolean true or false, not '2'"]),
+    ("preferences", {**P, "response": "r", "label": 0.5}, ["`label` must be the boolean true or false, not '0.5'"]),
+    ("preferences", {**P, "completion": " ", "label": True}, ["`completion` is empty"]),
+    ("preferences", {**P, "completion": "r", "desirable": True}, ["Did you mean `label` by `desirable`"]),
+    ("preferences", {**P, "response": "r"}, ["looks like rows for data.sft"]),
+    ("preferences", {**PAIR, "completion": "r", "label": True}, ["mix the forms"]),
     # rankings
     ("preferences", {**RANKED, "responses": ["a"], "ranks": [0]}, ["two or more answers"]),
     ("preferences", {**RANKED, "ranks": [0, 1, 2]}, ["`ranks` has 3 entries for 2 responses"]),
@@ -202,6 +304,10 @@ def test_a_second_form_in_one_source_is_refused() -> None:
     parser.parse(Row("f:1", {"text": "a"}))
     with pytest.raises(RowError, match=r"f:2: is a messages row.*rows before it are text"):
         parser.parse(Row("f:2", {"messages": [U, A]}))
+    parser = RowParser("preferences", FORMS["preferences"])
+    parser.parse(Row("f:1", PAIR))
+    with pytest.raises(RowError, match=r"f:2: is a prompt/completion/label row.*rows before it are prompt/chosen/rej"):
+        parser.parse(Row("f:2", {**P, "completion": "r", "label": True}))
 
 
 ANSWERS = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=5)

@@ -48,7 +48,7 @@ def run(stage):
         stage.say("not interrupted")
     return {"loss": float("nan")}
 
-stage_main("sft", run)
+stage_main("sft", run=run)
 """
 
 
