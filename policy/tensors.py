@@ -153,7 +153,8 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be > 0, got {temperature}")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`x` in float32, or in its own dtype where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -166,7 +167,7 @@ def logprobs_from_logits(
     the logits at position t - 1 belong to the token at t.
     """
     _check_temperature(temperature)
-    scaled = _at_least_float32(logits) / temperature
+    scaled = at_least_float32(logits) / temperature
     return scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
 
 
@@ -263,7 +264,7 @@ def _p_logp(p: Tensor, logp: Tensor) -> Tensor:
 
 
 def _chunk_logp(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = _at_least_float32(hidden @ weight.t())
+    logits = at_least_float32(hidden @ weight.t())
     if bias is not None:
         logits = logits + bias
     return torch.log_softmax(logits / temperature, dim=-1)

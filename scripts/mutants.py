@@ -27,8 +27,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.mutants_list import MUTANTS, Mutant
+from scripts.mutants_direct import DIRECT
+from scripts.mutants_list import MUTANTS as LISTED
+from scripts.mutants_list import Mutant
 
+MUTANTS = LISTED + DIRECT
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "policy", "reward_model", "rollout", "tests")
 FIXTURES = "tests.policy.conftest"

@@ -15,11 +15,11 @@ class Mutant:
     tests: str
 
 
-def _of(file: str, tests: str, *changes: tuple[str, str]) -> tuple[Mutant, ...]:
+def of(file: str, tests: str, *changes: tuple[str, str]) -> tuple[Mutant, ...]:
     return tuple(Mutant(file, old, new, tests) for old, new in changes)
 
 
-TENSORS = _of(
+TENSORS = of(
     "policy/tensors.py",
     "tests/policy/test_tensors.py",
     ("return torch.where(mask, x, 0.0).sum()", "return x.sum()"),
@@ -38,8 +38,8 @@ TENSORS = _of(
     ("mask.int().argmax(1, keepdim=True)", "torch.zeros_like(counts)[:, None]"),
     (".clamp(max=ids.shape[1] - 1)", ""),
     ("width - len(row) if left else 0", "0 if left else width - len(row)"),
-    ("_at_least_float32(logits) / temperature", "_at_least_float32(logits) * temperature"),
-    ("scaled = _at_least_float32(logits)", "scaled = logits"),
+    ("at_least_float32(logits) / temperature", "at_least_float32(logits) * temperature"),
+    ("scaled = at_least_float32(logits)", "scaled = logits"),
     ("slope = -grad_logprobs[rows, None] * p", "slope = grad_logprobs[rows, None] * p"),
     ("slope -= grad_entropy", "slope += grad_entropy"),
     ("p_logp - p * p_logp.sum(-1, keepdim=True)", "p_logp"),
@@ -53,7 +53,7 @@ TENSORS = _of(
     ("(prompt_lengths[:, None] - 1 + columns)", "(prompt_lengths[:, None] + columns)"),
     (".clamp(max=hidden.shape[1] - 1)", ""),
 )
-PPO = _of(
+PPO = of(
     "policy/ppo/maths.py",
     "tests/policy/ppo/test_maths.py",
     ("    d = logprobs - ref_logprobs\n", "    d = ref_logprobs - logprobs\n"),
@@ -117,7 +117,7 @@ PPO = _of(
     ("masked_var(returns - values, mask)", "masked_var(values, mask)"),
     ("1 - unexplained / variance", "unexplained / variance"),
 )
-CONTROLLERS = _of(
+CONTROLLERS = of(
     "policy/ppo/controllers.py",
     "tests/policy/ppo/test_controllers.py",
     ("max(-0.2, min(0.2,", "max(-0.2, min(0.3,"),
@@ -131,7 +131,7 @@ CONTROLLERS = _of(
     ("if self._squares > 0 else 1.0", "if self._squares > 0 else 0.0"),
     ("return scores / self.std", "return (scores - self._mean) / self.std"),
 )
-REWARD_MODEL = _of(
+REWARD_MODEL = of(
     "reward_model/losses.py",
     "tests/reward_model/test_losses.py",
     ("difference = chosen - rejected", "difference = rejected - chosen"),
@@ -151,7 +151,7 @@ REWARD_MODEL = _of(
     ("return total / counted.sum().clamp(min=1)", "return total / len(counted)"),
     ("    return total / denominator", "    return total"),
 )
-ROLLOUT = _of(
+ROLLOUT = of(
     "rollout/batch.py",
     "tests/rollout/test_batch.py",
     ("left_pad(prompts, pad_id)", "right_pad(prompts, pad_id)"),
@@ -166,7 +166,7 @@ ROLLOUT = _of(
     ("int((self.lengths == 0).sum())", "int((self.lengths > 0).sum())"),
     ("if tuple(tensor.shape) != shape:", "if tensor.ndim != len(shape):"),
 )
-REWARDS = _of(
+REWARDS = of(
     "policy/ppo/rewards.py",
     "tests/policy/ppo/test_rewards.py::test_the_score_is_the_weighted_sum_of_functions "
     "tests/policy/ppo/test_rewards.py::test_a_model_is_normalised_a_function_is_not "
@@ -186,13 +186,13 @@ REWARDS = _of(
     ("len(prompt) + len(response) > positions", "len(prompt) + len(response) >= positions"),
     ("len(prompt) + len(response) > positions", "len(response) > positions"),
 )
-CRITIC = _of(
+CRITIC = of(
     "policy/ppo/critic.py",
     "tests/policy/ppo/test_rewards.py",
     ("source.normalisation.std / rewards.weights[name]", "source.normalisation.std * rewards.weights[name]"),
     ("source.normalisation.std / rewards.weights[name]", "source.normalisation.std"),
 )
-HEALTH = _of(
+HEALTH = of(
     "policy/ppo/health.py",
     "tests/policy/ppo/test_health.py::test_a_verdict_begins_at_its_threshold "
     "tests/policy/ppo/test_health.py::test_a_kl_target_sets_what_explodes "
@@ -221,7 +221,7 @@ HEALTH = _of(
     ("if not kl < IDENTICAL_KL", "if not kl > IDENTICAL_KL"),
     ("[*self.first, row][:PATIENCE]", "[*self.first, row][-PATIENCE:]"),
 )
-PTX = _of(
+PTX = of(
     "policy/ppo/ptx.py",
     "tests/policy/ppo/test_ptx.py::test_loss_and_gradient_are_those_of_cross_entropy_whatever_the_micro_batches "
     "tests/policy/ppo/test_ptx.py::test_each_pass_uses_every_example_once_and_a_step_is_the_same_for_whoever_asks",
@@ -234,7 +234,7 @@ PTX = _of(
     ("self.size, step, self.seed)", "self.size, step, 0)"),
     ("self.size, step, self.seed)", "self.size, 1, self.seed)"),
 )
-STOP = _of(
+STOP = of(
     "rollout/stop.py",
     "tests/rollout/test_stop.py",
     ("if ids == [encoder.eos_token_id]:", "if ids == encoder.eos_token_id:"),
@@ -252,7 +252,7 @@ REUSED = f"{_SHARING}reusing_the_first_forward_changes_nothing"
 SWITCHED = f"{_SHARING}switching_adapters_leaves_the_others_and_the_base_alone"
 CRITICS = "tests/policy/test_critics.py"
 SHARED = f"{_SHARING}all_roles_over_one_base {_SHARING}scores_of_a_shared_and_a_plain_reward_model_agree"
-UPDATE = _of(
+UPDATE = of(
     "policy/ppo/update.py",
     f"tests/policy/ppo/test_update.py {ON_TRUNK} {REUSED} tests/policy/ppo/test_ptx.py",
     ("float(minibatch.response_mask.sum())", "float(minibatch.response_mask.numel())"),
@@ -274,7 +274,7 @@ UPDATE = _of(
     ("experience.old_logprobs[rows, :width]", "experience.ref_logprobs[rows, :width]"),
     ("            experience.ref_logprobs[rows, :width]", "            experience.old_logprobs[rows, :width]"),
 )
-EXPERIENCE = _of(
+EXPERIENCE = of(
     "policy/ppo/experience.py",
     f"tests/policy/ppo/test_experience.py tests/policy/ppo/test_update.py {REUSED} {SWITCHED}",
     ("advantages=masked_whiten(advantages, mask)", "advantages=advantages"),
@@ -293,7 +293,7 @@ EXPERIENCE = _of(
     ("    roles.policy.train(on)\n", "    roles.policy.train(not on)\n"),
 )
 MODELS_AND_CRITICS = (
-    *_of(
+    *of(
         "policy/models.py",
         "tests/policy/test_models.py tests/policy/ppo/test_update.py",
         ("            module.p = 0.0\n", "            pass\n"),
@@ -302,7 +302,7 @@ MODELS_AND_CRITICS = (
         ("        temperature=temperature,\n        with_entropy", "        with_entropy"),
         ("    if not torch.allclose(wanted", "    if torch.allclose(wanted"),
     ),
-    *_of(
+    *of(
         "policy/critics.py",
         f"tests/policy/test_models.py {ON_TRUNK} {CRITICS}",
         ("torch.float32))) * batch.response_mask", "torch.float32)))"),
@@ -314,7 +314,7 @@ MODELS_AND_CRITICS = (
             "merged_weights(self.trunk.base_model, POLICY)",
         ),
     ),
-    *_of(
+    *of(
         "pipeline/adapters.py",
         f"{SWITCHED} {CRITICS} {SHARED}",
         ("tensor = tensor + layer.get_delta_weight(name)", "tensor = tensor - layer.get_delta_weight(name)"),

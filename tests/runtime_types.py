@@ -17,5 +17,8 @@ CHOICES = (
     Literal["token", "sequence"],
     Literal["clamp", "mask"],
     Literal["prompt_mean", "pair_mean"],
+    Literal["sigmoid", "robust", "hinge"],
+    Literal["sigmoid", "hinge"],
+    Literal["pairs", "labels", "targets"],
 )
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict(dict.fromkeys(CHOICES, str))))

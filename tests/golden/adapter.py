@@ -2,7 +2,8 @@
 
 A case holds `inputs` (lists and numbers), `params` and `expected`. An adapter takes the inputs,
 their float arrays already float64 tensors, and the params as keywords, and returns a mapping with
-at least the keys that `expected` may name. A function the project does not have is absent.
+at least the keys that `expected` may name. A function the project does not have is absent; single
+cases that it has no option for are in UNBOUND, with the reason.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from reward_model.losses import (
     plackett_luce_loss,
     ranking_loss,
 )
+from tests.golden.adapter_direct import DIRECT, UNBOUND
+
+__all__ = ["ADAPTERS", "AS_GIVEN", "UNBOUND"]
 
 Adapter = Callable[..., Mapping[str, Any]]
 
@@ -232,6 +236,7 @@ ADAPTERS: dict[str, Adapter] = {
     "adaptive_kl": adaptive_kl,
     "distinct_n": distinct_n,
     "wilson": wilson,
+    **DIRECT,
 }
 # Inputs that are lists of indices or of token ids, of uneven length, or counted pairs.
 AS_GIVEN = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.mutants import ROOT, mutate
-from scripts.mutants_list import MUTANTS, Mutant
+from scripts.mutants import MUTANTS, ROOT, mutate
+from scripts.mutants_list import Mutant
 
 
 @pytest.mark.parametrize("file", sorted({mutant.file for mutant in MUTANTS}))
