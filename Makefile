@@ -23,11 +23,12 @@ RUN_DIRECTORY := import sys; from pipeline import load, stages; \
 .DEFAULT_GOAL := help
 # Stages follow one another and share the machine: `make -j` never runs two of them at once.
 .NOTPARALLEL:
-.PHONY: help setup lock upgrade sft rm ppo run doctor demo-data demo-base bench bench-ppo learn-ppo \
+.PHONY: help setup lock upgrade sft rm ppo dpo ipo kto simpo orpo ift contrast run doctor demo-data demo-base \
+        bench bench-ppo bench-direct learn-ppo learn-direct frozen-lake \
         format lint type test test-all check mutants clean-run
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  RECIPE=$(RECIPE)  ARGS='--ppo.updates 50' changes a recipe key  TRISTAGE_DEVICE=cpu|cuda"
 
 setup: ## make or update .venv (CPU or CUDA, found out by itself)
@@ -44,6 +45,16 @@ rm: sft ## stage 2: reward model on ranked answers
 
 ppo: rm ## stage 3: PPO against the reward model
 	$(BIN)/tristage ppo $(RECIPE) $(ARGS)
+
+dpo: sft ## in place of rm and ppo: direct preference optimisation
+ipo: sft ## ... identity preference optimisation
+kto: sft ## ... Kahneman-Tversky optimisation
+simpo: sft ## ... SimPO
+orpo: sft ## ... ORPO
+ift: sft ## ... intuitive fine-tuning
+contrast: sft ## ... SFT on a worse answer before the better one
+dpo ipo kto simpo orpo ift contrast:
+	$(BIN)/tristage $@ $(RECIPE) $(ARGS)
 
 run: $(READY) ## the whole pipeline in one command
 	$(BIN)/tristage run $(RECIPE) $(ARGS)
@@ -63,8 +74,17 @@ bench: $(READY) ## rollout speed: vLLM beside transformers
 bench-ppo: $(READY) ## PPO's cost per update beside TRL's
 	$(BIN)/python -m scripts.bench_ppo $(ARGS)
 
+bench-direct: $(READY) ## the direct methods' CPU time and memory per step beside TRL's
+	$(BIN)/python -m scripts.bench_direct $(ARGS)
+
 learn-ppo: $(READY) ## does PPO learn: 3 seeds against SFT and best of 16, the frontier, a broken reward
 	$(BIN)/python -m scripts.learn_ppo $(RECIPE) $(ARGS)
+
+learn-direct: $(READY) ## what the direct methods do: 3 seeds, gold judges, lengths, likelihoods
+	$(BIN)/python -m scripts.learn_direct $(RECIPE) $(ARGS)
+
+frozen-lake: $(READY) ## the IFT paper's toy world: SFT, ORPO, IFT and DPO beside the optimal policy
+	$(BIN)/python -m scripts.frozen_lake $(ARGS)
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix-only --quiet .

@@ -21,6 +21,7 @@ from pipeline.artifacts import open_artifact
 from pipeline.errors import UserError
 from pipeline.load import RESOLVED
 from pipeline.records import Prompt
+from pipeline.stages import POLICIES
 from pipeline.tokens import Encoder
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from rollout.batch import Completion
     from rollout.engine import EngineKind, RolloutEngine
 
-POLICIES = ("model", "sft", "ppo")
 UNKNOWN_CONTEXT = 4096
 """Tokens of prompt and response for a model whose configuration names no limit."""
 BLOCK = '"""'

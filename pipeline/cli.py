@@ -14,12 +14,22 @@ from rich.table import Table
 
 from pipeline.errors import UserError, disk_message, is_disk_error
 from pipeline.load import dump_recipe, load_recipe
+from pipeline.recipe_direct import DIRECT
 from pipeline.runner import plan, run_stage, run_stages
 from pipeline.stage import EXIT_USER_ERROR, print_error
 from pipeline.stages import ORDER
 
 _OVERRIDES = "Any recipe key can be set as `--section.key value`; the command line beats the file."
 _OPTIONS = {"--overwrite", "--help", "-h"}
+METHOD_TITLES = {
+    "dpo": "Direct preference optimisation",
+    "ipo": "Identity preference optimisation",
+    "kto": "Kahneman-Tversky optimisation on answers labelled good or bad",
+    "simpo": "SimPO: length-normalised and without a reference",
+    "orpo": "ORPO: language-model loss and odds ratio",
+    "ift": "Intuitive fine-tuning on good answers alone",
+    "contrast": "SFT on texts that show a worse answer before the better one",
+}
 _OPTIONS_WITH_VALUE = {"--stages", "--policy", "--temperature", "--max-new-tokens"}
 
 
@@ -90,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         "rm": "Train the reward model on ranked answers.",
         "ppo": "PPO against the reward model with a KL penalty.",
     }
-    for name in ORDER:
+    texts |= {name: f"{what}, in place of rm and ppo." for name, what in METHOD_TITLES.items()}
+    for name in (*ORDER, *DIRECT):
         added = with_recipe(command(name, texts[name], _stage(name)))
         added.add_argument("--overwrite", action="store_true", help="replace a stage made from something else")
     added = with_recipe(command("run", "Run the stages in order.", _run))
@@ -149,9 +160,9 @@ def _stage(name: str) -> Callable[[argparse.Namespace], None]:
 def _run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     stages = options.stages.split(",")
-    unknown = [name for name in stages if name not in ORDER]
+    unknown = [name for name in stages if name not in (*ORDER, *DIRECT)]
     if unknown:
-        raise UserError(f"--stages: unknown stage '{unknown[0]}'.", mend=f"Stages are {', '.join(ORDER)}.")
+        raise UserError(f"--stages: unknown stage '{unknown[0]}'.", mend=f"Stages are {', '.join((*ORDER, *DIRECT))}.")
     run_stages(recipe, stages, overwrite=options.overwrite, command=options.command)
 
 

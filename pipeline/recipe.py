@@ -8,30 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-def _no_truth_value(value: Any) -> Any:
-    """Refuses yes/no/true/false, which would otherwise count as 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
-Integer = Annotated[int, BeforeValidator(_no_truth_value)]
-Fraction = Annotated[Number, Field(gt=0.0, lt=1.0)]
-Positive = Annotated[Number, Field(gt=0.0)]
-NonNegative = Annotated[Number, Field(ge=0.0)]
-Count = Annotated[Integer, Field(ge=1)]
-TrainerArguments = dict[str, Any]
-"""Settings of a library trainer under exactly their transformers/TRL names; checked by `pipeline.trl_args`."""
-
-
-class Section(BaseModel):
-    """A recipe section: unknown keys are refused, values are immutable once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+from pipeline.recipe_base import Count, Fraction, Integer, NonNegative, Number, Positive, Section, TrainerArguments
+from pipeline.recipe_direct import (
+    ContrastSection,
+    DpoSection,
+    IftSection,
+    IpoSection,
+    KtoSection,
+    OrpoSection,
+    SimpoSection,
+)
 
 
 class Prepare(Section):
@@ -86,7 +74,11 @@ class DataSection(Section):
     sft: str | DataSource | None = None
     """Demonstrations: rows of `text`, `prompt`/`response` or `messages`."""
     preferences: str | DataSource | None = None
-    """Pairs (`prompt`/`chosen`/`rejected`) or rankings (`prompt`/`responses`/`ranks`)."""
+    """Pairs (`prompt`/`chosen`/`rejected`), rankings (`prompt`/`responses`/`ranks`) or labels
+    (`prompt`/`completion`/`label`)."""
+    ranking_pairs: Literal["all", "best_worst"] = "all"
+    """Pairs that a ranking gives to methods which learn from pairs: every two answers of different rank, or one pair,
+    the first of the best against the last of the worst."""
     prompts: str | DataSource | None = None
     """Prompts for rollouts and evaluation; default: the prompts of `preferences`."""
     eval_fraction: Fraction = 0.1
@@ -344,6 +336,13 @@ class Recipe(Section):
     sft: SftSection = SftSection()
     rm: RmSection = RmSection()
     ppo: PpoSection = PpoSection()
+    dpo: DpoSection = DpoSection()
+    ipo: IpoSection = IpoSection()
+    kto: KtoSection = KtoSection()
+    simpo: SimpoSection = SimpoSection()
+    orpo: OrpoSection = OrpoSection()
+    ift: IftSection = IftSection()
+    contrast: ContrastSection = ContrastSection()
     rollout: RolloutSection = RolloutSection()
     eval: EvalSection = EvalSection()
     tracking: TrackingSection = TrackingSection()

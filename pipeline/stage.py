@@ -170,14 +170,17 @@ class Stage:
         self._log.error(traceback.format_exc())
 
 
-def stage_main(name: str, run: Callable[[Stage], dict[str, Any]]) -> NoReturn:
+def stage_main(*names: str, run: Callable[[Stage], dict[str, Any]]) -> NoReturn:
     """Entry point of every stage module: `python -m policy.sft runs/demo/sft.partial`.
+
+    `names` are the stages that the module runs; the directory says which of them it was prepared for.
 
     Exit codes: 0 complete, 2 a `UserError` (one paragraph, no traceback), 130 and 143 interrupted by SIGINT and
     SIGTERM, 1 anything else.
     """
     join_parent()
-    parser = argparse.ArgumentParser(description=f"Runs the {name} stage in a directory prepared by `tristage {name}`.")
+    name = ", ".join(names)
+    parser = argparse.ArgumentParser(description=f"Runs a stage ({name}) in a directory prepared by `tristage`.")
     parser.add_argument("directory", type=Path, help=f"runs/<name>/{name}.partial")
     out: Path = parser.parse_args().directory
     received: list[int] = []
@@ -192,7 +195,7 @@ def stage_main(name: str, run: Callable[[Stage], dict[str, Any]]) -> NoReturn:
             signal.signal(number, interrupt)
     stage: Stage | None = None
     try:
-        _check_directory(out, name)
+        name = _check_directory(out, names)
         _quiet_libraries()
         stage = Stage(out, received)
         final = stage.complete(run(stage))
@@ -229,13 +232,15 @@ def read_job(partial: Path) -> dict[str, Any]:
     raise UserError(f"{partial / JOB} is corrupted.", mend="Run the stage again with --overwrite: it starts anew.")
 
 
-def _check_directory(out: Path, name: str) -> None:
-    start = f"Start the stage with `tristage {name} RECIPE`."
+def _check_directory(out: Path, names: Sequence[str]) -> str:
+    """Which of the stages `names` the directory was prepared for."""
+    start = f"Start the stage with `tristage {names[0]} RECIPE`."
     if not (out / JOB).exists():
         raise UserError(f"{out} holds no {JOB}.", mend=start)
     prepared_for = read_job(out)["stage"]
-    if prepared_for != name:
-        raise UserError(f"{out} was prepared for the stage {prepared_for}, not {name}.", mend=start)
+    if prepared_for not in names:
+        raise UserError(f"{out} was prepared for the stage {prepared_for}, not {', '.join(names)}.", mend=start)
+    return prepared_for
 
 
 def interrupted_message(name: str) -> str:

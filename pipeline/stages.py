@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.artifacts import identity, sha256_file
 from pipeline.errors import UserError
 from pipeline.recipe import TRAINED, DataSource, Recipe
+from pipeline.recipe_direct import DIRECT
 from pipeline.sources import fingerprint as source_fingerprint
 from pipeline.sources import locate
 from pipeline.stage import tristage_version
@@ -41,7 +42,8 @@ class StageSpec:
     data: tuple[str, ...]
 
 
-POLICIES = ("model", "sft", "ppo")
+POLICIES = ("model", "sft", "ppo", *DIRECT)
+"""Kinds of artifacts that hold a policy."""
 STAGES: dict[str, StageSpec] = {
     "sft": StageSpec(
         "policy.sft",
@@ -64,6 +66,15 @@ STAGES: dict[str, StageSpec] = {
         ("model", "data", "ppo", "rollout", "eval"),
         ("prompts",),
     ),
+    **{
+        name: StageSpec(
+            "policy.preference",
+            {"policy": Input(f"{name}.policy", "sft", POLICIES)},
+            ("model", "data", name, "rollout", "eval"),
+            ("preferences", "prompts"),
+        )
+        for name in DIRECT
+    },
     "generate": StageSpec(
         "rollout.generate",
         {"policy": Input("generate.policy", "ppo", POLICIES)},
@@ -86,10 +97,13 @@ NOT_DECISIVE = {
         "max_skipped_steps",
         "force",
     },
+    **{name: {"policy", "reference"} for name in DIRECT},
     "rollout": {"kv_cache_gib", "gpu_memory_utilization", "logprob_tolerance"},
 }
 """Keys outside the fingerprint: paths, for which the contents they lead to stand in, and what no result depends on."""
 NOT_DECISIVE_TRAINER = ("save_", "logging_")
+FROM_PAIRS = ("dpo", "ipo", "simpo", "orpo", "contrast")
+"""Stages whose result `data.ranking_pairs` decides."""
 CRITIC_STARTS = ("reward_model", "policy", "shared")
 """Values of `ppo.critic` that are no path."""
 
@@ -102,6 +116,8 @@ def run_directory(recipe: Recipe) -> Path:
 def stage_inputs(recipe: Recipe, name: str) -> dict[str, Input]:
     """The inputs of stage `name` by role: those of the table; for PPO, the models that its recipe names."""
     inputs = dict(STAGES[name].inputs)
+    if name in (section for section, _ in references(recipe)):
+        inputs["reference"] = Input(f"{name}.reference", None, POLICIES)
     if name != "ppo":
         return inputs
     models = {source: entry.model for source, entry in recipe.ppo.rewards.items() if entry.model}
@@ -113,6 +129,12 @@ def stage_inputs(recipe: Recipe, name: str) -> dict[str, Input]:
     if recipe.ppo.critic not in CRITIC_STARTS:
         inputs["critic"] = Input("ppo.critic", None, ("model", "rm"))
     return inputs
+
+
+def references(recipe: Recipe) -> list[tuple[str, str]]:
+    """The direct methods whose recipe names a reference, and its path."""
+    found = {"dpo": recipe.dpo.reference, "ipo": recipe.ipo.reference, "kto": recipe.kto.reference}
+    return [(name, path) for name, path in found.items() if path is not None]
 
 
 def input_paths(recipe: Recipe, name: str, overrides: Mapping[str, str]) -> dict[str, str]:
@@ -136,14 +158,18 @@ def wanted_as(recipe: Recipe, name: str, role: str, path: str) -> str:
 def sources(recipe: Recipe, name: str) -> dict[str, str | DataSource]:
     """The data sources that stage `name` reads; prompts fall back to preferences, then to sft.
 
-    PPO reads the demonstrations too where `ppo.ptx_coef` weighs the loss on them.
+    PPO reads the demonstrations too where `ppo.ptx_coef` weighs the loss on them; IFT reads them alone where there are
+    no preferences.
     """
     data = recipe.data
     prompts = data.prompts or data.preferences or data.sft
     fallback = {"sft": data.sft, "preferences": data.preferences, "prompts": prompts}
     found = {}
     with_sft = name == "ppo" and recipe.ppo.ptx_coef > 0.0
-    for key in (*STAGES[name].data, "sft") if with_sft else STAGES[name].data:
+    keys = (*STAGES[name].data, "sft") if with_sft else STAGES[name].data
+    if name == "ift" and data.preferences is None:
+        keys = ("sft", "prompts")
+    for key in keys:
         source = fallback[key]
         if source is None:
             raise UserError(f"{name}: data.{key} is not set.", mend=f"Set data.{key} in the recipe.")
@@ -189,7 +215,7 @@ def fingerprint(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> dict[st
     content = {
         "stage": name,
         "seed": recipe.seed,
-        "sections": {section: _decisive(section, dumped[section]) for section in spec.sections},
+        "sections": {section: _decisive(name, section, dumped[section]) for section in spec.sections},
         "inputs": {role: identity(path) for role, path in inputs.items()},
         "data": {key: {k: v for k, v in entry.items() if k != "path"} for key, entry in data.items()},
         "files": {path: sha256_file(Path(path)) for path in named_files(recipe, name) if _is_file(path)},
@@ -199,8 +225,10 @@ def fingerprint(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> dict[st
     return {"sha256": digest, **content}
 
 
-def _decisive(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _decisive(stage: str, section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in NOT_DECISIVE.get(section, ())}
+    if section == "data" and stage not in FROM_PAIRS:
+        del kept["ranking_pairs"]
     if section == "ppo":
         kept["critic"] = kept["critic"] if kept["critic"] in CRITIC_STARTS else "a directory"
         kept["rewards"] = {name: {**source, "model": None} for name, source in kept["rewards"].items()}

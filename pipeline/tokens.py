@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 PROBE = "Hello, world! Don't 12345  naïve café 你好 🙂\n\tdef f(x): return x**2"
 PAD_LIKE = (r"pad", r"unused|reserved|extra_id|dummy", r"unk")
 PAD_CANDIDATES = 5
+PROMPT_FORM, PROMPT_SLOT = "prompt_form", "{prompt}"
+"""Key of a tokenizer's configuration that holds its prompt form, and where the prompt stands in it."""
 SPECIAL_INSIDE = "responses hold the text of an EOS or padding token"
 SAME_AFTER_CUT = "rankings have answers of different rank that are equal once truncated"
 
@@ -153,13 +155,21 @@ def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def set_prompt_form(tokenizer: PreTrainedTokenizerBase, form: str) -> None:
+    """Has every `Encoder` of this tokenizer, also once saved and loaded, put prompts into `form` at {prompt}."""
+    if form.count(PROMPT_SLOT) != 1:
+        raise ValueError(f"a prompt form has {PROMPT_SLOT} once, not {form!r}")
+    tokenizer.init_kwargs[PROMPT_FORM] = form
+
+
 class Encoder:
     """Renders prompts and responses as token ids, the same way in every stage.
 
     Prompt and response are tokenised apart and concatenated, so a response has the same tokens
     whether it is learnt from, scored or sampled. A text prompt gets the BOS token if the tokenizer
     adds one; a chat prompt is the chat template's output with its generation prompt and nothing
-    else. A response is its own tokens, a leading space included, and EOS.
+    else. A response is its own tokens, a leading space included, and EOS. A tokenizer with a prompt
+    form (`set_prompt_form`) has text prompts, and the last message of chat prompts, put into it.
     """
 
     def __init__(
@@ -176,6 +186,7 @@ class Encoder:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
         self.eos_token_id = int(eos)
+        self.form: str = tokenizer.init_kwargs.get(PROMPT_FORM, PROMPT_SLOT)
         self._stops: set[int] = {eos, pad}
         probe: Any = tokenizer("a")["input_ids"]
         first = list(probe)[:1]
@@ -248,7 +259,7 @@ class Encoder:
 
     def _prompt_source_text(self, prompt: Prompt) -> str:
         if isinstance(prompt.content, str):
-            return prompt.content
+            return self.form.replace(PROMPT_SLOT, prompt.content)
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
@@ -257,7 +268,9 @@ class Encoder:
                 mend="Set model.chat_template, or write the prompts as text.",
             )
         try:
-            return _render(self.tokenizer, prompt.content)
+            *before, last = prompt.content
+            asked = {**last, "content": self.form.replace(PROMPT_SLOT, last["content"])}
+            return _render(self.tokenizer, (*before, asked))
         except TemplateError as error:
             raise UserError(
                 f"{prompt.source}: the chat template refuses this prompt ({error}).",

@@ -22,6 +22,9 @@ from pipeline.errors import UserError
 TRAINER_CONFIGS = {
     "sft": "trl.trainer.sft_config.SFTConfig",
     "rm": "trl.trainer.reward_config.RewardConfig",
+    **dict.fromkeys(
+        ("dpo", "ipo", "kto", "simpo", "orpo", "ift", "contrast"), "transformers.training_args.TrainingArguments"
+    ),
 }
 """Recipe section -> config class that its `trainer:` mapping is checked against."""
 

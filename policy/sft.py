@@ -254,4 +254,4 @@ def _ids(examples: Sequence[EncodedExample]) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    stage_main("sft", run)
+    stage_main("sft", run=run)

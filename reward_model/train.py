@@ -274,4 +274,4 @@ def make_trainer(
 
 
 if __name__ == "__main__":
-    stage_main("rm", run)
+    stage_main("rm", run=run)

@@ -82,4 +82,4 @@ def sample_rows(sampled: SampledResponses, encoder: Encoder) -> list[dict[str, A
 
 
 if __name__ == "__main__":
-    stage_main("generate", run)
+    stage_main("generate", run=run)

@@ -328,4 +328,4 @@ def _say_arithmetic(stage: Stage, roles: Roles, engine: RolloutEngine) -> None:
 
 
 if __name__ == "__main__":
-    stage_main("ppo", run)
+    stage_main("ppo", run=run)

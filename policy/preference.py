@@ -1,0 +1,307 @@
+"""STAGES dpo, ipo, kto, simpo, orpo, ift and contrast: a policy from preferences, without reward model or rollouts.
+
+`python -m policy.preference runs/<name>/<method>.partial`
+
+Weights are trained in float32, under bfloat16 autocast where `model.dtype` says bfloat16, without dropout. The
+reference's log-probabilities are computed once, before training, and kept beside the run.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.adapters import FOLDER, add_adapter, merged_weights, save_adapter
+from pipeline.artifacts import identity, read_manifest
+from pipeline.checkpoints import newest_complete_checkpoint
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+from pipeline.recipe_direct import DirectSection, ReferencedSection
+from pipeline.stage import Stage, stage_main, trainer_callback
+from pipeline.tokens import PROMPT_SLOT, Encoder, load_tokenizer, set_prompt_form
+from pipeline.trl_args import build_trainer_arguments
+from policy.answers import can_share_prompts
+from policy.losses import METHODS
+from policy.models import cast, check_projection, disable_dropout, load_policy, save_model
+from policy.objectives import make_objective
+from policy.preference_data import Row, RowCollator, Rows, cached_sums, reference_sums, with_reference
+from policy.preference_eval import ADAPTER, Asked, ShowSamples, asked, evaluate
+from policy.preference_rows import MethodData, contrast_template, load_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+
+    from policy.preference_trainer import PreferenceTrainer
+
+CACHE = "ref_logprobs"
+"""Folder of the run that keeps the reference's log-probabilities for every method."""
+LEARNING_RATES = {"dpo": 1e-6, "ipo": 1e-6, "kto": 1e-6, "simpo": 1e-6, "orpo": 5e-6, "ift": 5e-7, "contrast": 2e-5}
+"""trl's for dpo and kto; SimPO's repository; ORPO's and IFT's scripts; trl's SFTConfig for contrast."""
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "train_sampling_strategy": "group_by_length",
+    "save_strategy": "steps",
+    "save_steps": 0.2,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 0.2,
+    "logging_steps": 0.02,
+    "disable_tqdm": True,
+}
+"""Settings of `<method>.trainer` that differ from transformers' own; a recipe may change them."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A direct method in progress.
+
+    Attributes:
+        start, own: the policy's start and the trained policy with their prompts, which differ under contrast SFT.
+    """
+
+    stage: Stage
+    section: DirectSection
+    model: PreTrainedModel
+    data: MethodData
+    start: Asked
+    own: Asked
+    shared: bool
+
+    @property
+    def name(self) -> str:
+        """The method."""
+        return self.stage.name
+
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
+        """The precision of forwards outside the Trainer."""
+        bf16 = self.stage.recipe.model.dtype == "bfloat16"
+        return partial(torch.autocast, self.model.device.type, torch.bfloat16) if bf16 else nullcontext
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Trains the policy, writes it and compares it with its start; returns the final metrics."""
+    direct = set_up(stage)
+    trained = train(direct, with_reference_sums(direct))
+    gc.collect()  # the optimiser's memory, before the engine asks for its own
+    save(direct)
+    return {**trained, **evaluate(stage, direct.model, direct.start, direct.own, adapted=direct.section.lora)}
+
+
+def set_up(stage: Stage) -> Direct:
+    """Data, policy and what can be shared; all refusals come before a step is taken."""
+    recipe = stage.recipe
+    section = sections(recipe)[stage.name]
+    source = stage.inputs["policy"].path
+    tokenizer = load_tokenizer(source, recipe.model)
+    stage.record_tokenizer(tokenizer)
+    encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
+    refuse_foreign_reference(stage)
+    data, start = load_rows(stage, encoder), asked(stage, encoder)
+    own = start if stage.name != "contrast" else asked_in_form(stage, encoder, start)
+    model = load_policy(source, "float32", "cuda" if torch.cuda.is_available() else "cpu")
+    check_projection(model, source)
+    disable_dropout(model)
+    if section.lora:
+        add_adapter(model, ADAPTER, recipe.model.lora, seed=recipe.seed)
+    method = METHODS[stage.name]
+    read = "means" if method.averaged else "sums"
+    against = ", against a frozen reference" if method.needs_reference else ""
+    stage.say(f"{stage.name}: the loss reads {read} of log-probabilities over tokens{against}")
+    several = any(len(row.group.answer_ids) > 1 for row in data.train)
+    shared = several and can_share_prompts(model.eval())
+    if several:
+        stage.say(
+            f"{stage.name}: answers of one prompt share its row"
+            if shared
+            else f"{stage.name}: {type(model).__name__} reads every answer in a row of its own"
+        )
+    return Direct(stage, section, model, data, start, own, shared)
+
+
+def asked_in_form(stage: Stage, encoder: Encoder, start: Asked) -> Asked:
+    """The held-out prompts in the inference form of contrast SFT, which the tokenizer keeps from now on."""
+    section, data = stage.recipe.contrast, stage.recipe.data
+    form = contrast_template(section).inference_prompt(section.instruction, PROMPT_SLOT)
+    set_prompt_form(encoder.tokenizer, form)
+    own = asked(stage, Encoder(encoder.tokenizer, data.max_prompt_tokens, data.max_response_tokens))
+    if [prompt.prompt for prompt in own.prompts] != [prompt.prompt for prompt in start.prompts]:
+        raise UserError(
+            "contrast.template: in its inference form a held-out prompt is longer than data.max_prompt_tokens "
+            f"({data.max_prompt_tokens}).",
+            mend="Raise data.max_prompt_tokens, or shorten the template.",
+        )
+    return own
+
+
+def sections(recipe: Recipe) -> dict[str, DirectSection]:
+    """Each method's section of the recipe."""
+    return {
+        "dpo": recipe.dpo,
+        "ipo": recipe.ipo,
+        "kto": recipe.kto,
+        "simpo": recipe.simpo,
+        "orpo": recipe.orpo,
+        "ift": recipe.ift,
+        "contrast": recipe.contrast,
+    }
+
+
+def refuse_foreign_reference(stage: Stage) -> None:
+    """Raises UserError for a reference that the policy does not come from: the KL to it would mean nothing."""
+    if "reference" not in stage.inputs:
+        return
+    wanted = identity(stage.inputs["reference"].path)
+    policy = Path(stage.inputs["policy"].path)
+    seen = [identity(policy)]
+    while (policy / "manifest.json").exists():
+        inputs = read_manifest(policy)["inputs"]
+        entry = inputs.get("policy") or inputs.get("model")
+        if entry is None:
+            break
+        policy = (policy / entry["path"]).resolve() if not Path(entry["path"]).is_absolute() else Path(entry["path"])
+        seen.append(identity(policy))
+    if wanted not in seen:
+        raise UserError(
+            f"{stage.name}.reference: {stage.inputs['reference'].path} is neither the policy's start "
+            f"({stage.inputs['policy'].path}) nor one of its ancestors.",
+            mend="Leave the key out, or name a checkpoint that the policy was trained from.",
+        )
+
+
+def with_reference_sums(direct: Direct) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows, with the reference's log-probabilities where the method compares with one."""
+    train, held_out = direct.data.train, direct.data.held_out
+    if not METHODS[direct.name].needs_reference:
+        return train, held_out
+    stage, section = direct.stage, direct.section
+    source = stage.inputs["policy"].path
+    if isinstance(section, ReferencedSection) and section.reference is not None:
+        source = stage.inputs["reference"].path
+    pad = direct.start.encoder.pad_token_id
+    rows = [*train, *held_out]
+
+    def compute() -> list[float]:
+        same = source == stage.inputs["policy"].path
+        model = direct.model if same else load_policy(source, "float32", direct.model.device)
+        return reference_sums(rows, model.eval(), pad, shared=direct.shared, autocast=direct.autocast)
+
+    key = [identity(source), stage.recipe.model.dtype]
+    sums, found = cached_sums(stage.out.parent / CACHE, key, rows, compute)
+    stage.say(f"reference log-probabilities of {len(sums)} answers: {'read from the cache' if found else 'computed'}")
+    done = with_reference(rows, sums)
+    return done[: len(train)], done[len(train) :]
+
+
+def train(direct: Direct, rows: tuple[Sequence[Row], Sequence[Row]]) -> dict[str, Any]:
+    """Trains from the newest complete checkpoint; returns steps, training loss and the last held-out figures."""
+    stage = direct.stage
+    shown = ShowSamples(stage, direct.own, adapted=direct.section.lora)
+    trainer = make_trainer(direct, training_arguments(stage), rows, [trainer_callback(stage, direct.name), shown])
+    checkpoint = newest_complete_checkpoint(stage.state)
+    if checkpoint is not None:
+        stage.say(f"resuming from {checkpoint.name}")
+    with closing(shown):
+        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        figures = held_out_figures(trainer)
+    stage.say("held out: " + "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in sorted(figures.items())))
+    return {"steps": output.global_step, "train_loss": output.training_loss, **figures}
+
+
+def held_out_figures(trainer: PreferenceTrainer) -> dict[str, float]:
+    """Loss and metrics of the trained model on the held-out rows; the last evaluation's where it was of this model."""
+    state = trainer.state
+    last = [row for row in state.log_history if "eval_loss" in row][-1:]
+    fresh = last and last[0]["step"] == state.global_step and not trainer.args.load_best_model_at_end
+    found = last[0] if fresh else trainer.evaluate()
+    timed = ("runtime", "per_second", "preparation_time")
+    return {f"eval/{k[5:]}": v for k, v in found.items() if k.startswith("eval_") and not k.endswith(timed)}
+
+
+def training_arguments(stage: Stage) -> TrainingArguments:
+    """TrainingArguments: the user's `<method>.trainer` over our defaults, under what the stage fixes.
+
+    Raises UserError for a setting that does not exist, has a wrong value, or is fixed.
+    """
+    from transformers import TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    section = sections(stage.recipe)[stage.name]
+    return build_trainer_arguments(
+        TrainingArguments,
+        section.trainer,
+        section=stage.name,
+        fixed={
+            "output_dir": str(stage.state),
+            "seed": stage.recipe.seed,
+            "report_to": [],
+            "remove_unused_columns": False,
+            "label_smoothing_factor": 0.0,
+            "dataloader_num_workers": 0,
+            "push_to_hub": False,
+        },
+        **DEFAULTS,
+        learning_rate=LEARNING_RATES[stage.name],
+        use_cpu=not cuda,
+        bf16=stage.recipe.model.dtype == "bfloat16",
+        gradient_checkpointing=cuda,
+        dataloader_pin_memory=cuda,
+    )
+
+
+def make_trainer(
+    direct: Direct,
+    arguments: TrainingArguments,
+    rows: tuple[Sequence[Row], Sequence[Row]],
+    callbacks: Sequence[TrainerCallback],
+) -> PreferenceTrainer:
+    """The trainer of the method over encoded rows."""
+    from transformers import PrinterCallback
+
+    from policy.preference_trainer import PreferenceTrainer
+
+    stage, recipe = direct.stage, direct.stage.recipe
+    labels = [row.desirable for row in rows[0]]
+    counts = sum(labels), len(labels) - sum(labels)
+    trainer = PreferenceTrainer(
+        objective=make_objective(direct.name, recipe, shared=direct.shared, labels=counts),
+        in_order=direct.name == "contrast" and recipe.contrast.curriculum,
+        model=direct.model,
+        args=arguments,
+        data_collator=RowCollator(direct.start.encoder.pad_token_id, direct.shared),
+        train_dataset=Rows(rows[0]),
+        eval_dataset=Rows(rows[1]),
+        processing_class=direct.own.encoder.tokenizer,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    stage.say(
+        f"{direct.name}: {direct.data.size}; {per_step} rows per optimiser step, {arguments.num_train_epochs:g} epochs"
+    )
+    return trainer
+
+
+def save(direct: Direct) -> None:
+    """Writes the policy as a plain model; an adapter also by itself."""
+    stage, model, tokenizer = direct.stage, direct.model, direct.own.encoder.tokenizer
+    if direct.section.lora:
+        save_adapter(model, ADAPTER, stage.out / FOLDER, base=stage.inputs["policy"].path)
+        save_model(model, tokenizer, stage.out, merged_weights(model, ADAPTER))
+    else:
+        save_model(cast(model, stage.recipe.model.dtype), tokenizer, stage.out)
+
+
+if __name__ == "__main__":
+    stage_main(*METHODS, run=run)

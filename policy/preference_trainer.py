@@ -1,0 +1,127 @@
+"""The trainer of the direct methods: transformers' Trainer with losses whose denominators are the whole step's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from policy.objectives import Objective, Sizes, Step
+from reward_model.data import LengthGroupedSampler
+
+Mode = Literal["train", "eval"]
+
+
+class PreferenceTrainer(Trainer):
+    """transformers.Trainer that minimises an `Objective`.
+
+    The loss of an optimiser step is what the objective gives for the whole step, whatever its micro-batches and
+    processes: each micro-batch adds its sum divided by the rows (and tokens) of the step. Logged metrics are exact
+    means over rows, under trl's names.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *, objective: Objective, in_order: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.objective = objective
+        self.in_order = in_order
+        self._totals: dict[Mode, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._held_out: Sizes | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.in_order:
+            return SequentialSampler(dataset)
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler([row.tokens for row in dataset], self.args.train_batch_size, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
+        return SequentialSampler(eval_dataset)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimiser step, and its rows and supervised tokens over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        moved = [self._prepare_inputs(batch) for batch in batches]
+        sizes = [self.objective.sizes(batch) for batch in moved]
+        total: Any = self.accelerator.reduce(torch.tensor(sizes, device=device).sum(0), "sum")
+        with self.compute_loss_context_manager():
+            self.objective.begin_step(self._plain(self.model), moved, Step(self.state.global_step, self._sum))
+        return moved, total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The micro-batch's share of the step's loss, times the number of processes, whose gradients are averaged."""
+        rows, tokens = self.objective.sizes(inputs)
+        sizes = self._held_out or Sizes(float(rows), float(tokens))
+        if num_items_in_batch is not None:
+            sizes = self._per_process(num_items_in_batch)
+        loss, metrics = self.objective.loss(self._plain(model), inputs, sizes)
+        mode: Mode = "train" if model.training else "eval"
+        self._count(mode, "loss", loss.detach() * sizes.rows, rows)
+        for name, values in metrics.items():
+            self._count(mode, name, values.double().sum(), len(values))
+        return (loss, metrics) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of one held-out batch; its metrics are counted on the way."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The library's loop with loss and metrics as exact means over all held-out rows."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        dataloader = kwargs["dataloader"] if "dataloader" in kwargs else args[0]
+        sizes = torch.tensor([self.objective.sizes(batch) for batch in dataloader], device=self.args.device)
+        self._totals["eval"], self._held_out = {}, self._per_process(self._sum(sizes.sum(0)))
+        output = super().evaluation_loop(*args, **kwargs)
+        self._held_out = None
+        exact = {f"{prefix}_{key}": value for key, value in self._take_means("eval").items()}
+        return output._replace(metrics={**(output.metrics or {}), **exact})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the training means since the last call to `loss`."""
+        if "loss" in logs:
+            logs |= {key: value for key, value in self._take_means("train").items() if key != "loss"}
+        super().log(logs, start_time)
+
+    def _count(self, mode: Mode, name: str, total: Tensor, rows: int) -> None:
+        entry = torch.stack([total.double(), torch.tensor(rows, dtype=torch.float64, device=total.device)])
+        self._totals[mode][name] = self._totals[mode][name] + entry if name in self._totals[mode] else entry
+
+    def _take_means(self, mode: Mode) -> dict[str, float]:
+        totals, self._totals[mode] = self._totals[mode], {}
+        if not totals:
+            return {}
+        summed = self._sum(torch.stack(list(totals.values()))).tolist()
+        return {name: total / rows for name, (total, rows) in zip(totals, summed, strict=True)}
+
+    def _per_process(self, sizes: Tensor) -> Sizes:
+        share = sizes / self.accelerator.num_processes
+        return Sizes(rows=share[0], tokens=share[1])
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        summed: Any = self.accelerator.reduce(tensor, "sum")
+        return summed
+
+    def _plain(self, model: Any) -> Any:
+        return self.accelerator.unwrap_model(model)
