@@ -61,29 +61,39 @@ class Bench:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of every child: the same threads, no network, and no GPU unless it is asked for."""
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
-        fixed = {"OMP_NUM_THREADS": str(self.options.threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.options.device == "cpu" else {}
-        return os.environ | fixed | hidden | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+        """Of every child: no GPU unless it is asked for."""
+        return child_environment(self.options.threads, gpu=self.options.device == "cuda")
 
     def run(self, words: Sequence[str | Path], **environment: str) -> str:
-        """Runs a child to its end and returns what it printed; a failure ends the benchmark with its last words."""
-        done = subprocess.run(
-            [str(word) for word in words],
-            cwd=self.scratch,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            check=False,
+        """Runs a child to its end and returns what it printed."""
+        return run_child(words, self.scratch, self.environment | environment)
+
+
+def child_environment(threads: int, *, gpu: bool) -> dict[str, str]:
+    """This process's, with the same threads for every child, no network, and no GPU unless `gpu`."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    fixed = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | fixed | hidden | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_child(words: Sequence[str | Path], folder: Path, environment: Mapping[str, str]) -> str:
+    """Runs a child in `folder` to its end and returns what it printed; a failure is a UserError with its last words."""
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=folder,
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        what = " ".join(str(word) for word in words[1:4])
+        raise UserError(
+            f"`{what}` ended with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-TAIL:]}",
+            mend="Mend what it names.",
         )
-        if done.returncode:
-            what = " ".join(str(word) for word in words[1:4])
-            raise UserError(
-                f"`{what}` ended with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-TAIL:]}",
-                mend="Mend what it names.",
-            )
-        return done.stdout
+    return done.stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

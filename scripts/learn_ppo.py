@@ -215,7 +215,7 @@ def _parse(arguments: Sequence[str] | None) -> Experiment:
     parser.add_argument("--best-of", type=int, default=16, help="samples to choose from (default: %(default)s)")
     parser.add_argument("--out", default="runs/learn", help="directory of all runs (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one seed, 2 updates per run")
-    ours, overrides = _split(sys.argv[1:] if arguments is None else arguments)
+    ours, overrides = split_words(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(ours)
     seeds = [int(word) for word in options.seeds.split(",")]
     return Experiment(
@@ -228,7 +228,7 @@ def _parse(arguments: Sequence[str] | None) -> Experiment:
     )
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Parts the experiment's own words from recipe overrides: `--section.key value`, `--section.key=value`."""
     ours: list[str] = []
     overrides: list[str] = []

@@ -12,8 +12,12 @@ from pipeline.evaluation.measures import Estimate
 from pipeline.evaluation.policy_eval import PolicyReport
 
 RESAMPLES = 4000
-STUDENT_975 = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216)
-"""0.975 quantiles of Student's t with 1, 2, ... 9 degrees of freedom."""
+STUDENT_975 = (
+    *(12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216, 2.22814),
+    *(2.20099, 2.17881, 2.16037, 2.14479, 2.13145, 2.11991, 2.10982, 2.10092, 2.09302, 2.08596),
+    *(2.07961, 2.07387, 2.06866, 2.06390, 2.05954, 2.05553, 2.05183, 2.04841, 2.04523),
+)
+"""0.975 quantiles of Student's t with 1, 2, ... 29 degrees of freedom."""
 ERRORS = 2.0
 """Standard errors that noise may take a difference below zero."""
 
@@ -56,7 +60,7 @@ def hierarchical_bootstrap(differences: Sequence[np.ndarray], seed: int = 0, res
 
 
 def over_seeds(differences: Sequence[np.ndarray]) -> Estimate | None:
-    """The same mean with Student's 95% interval over the means of the seeds; None unless there are 2 to 10 seeds.
+    """The same mean with Student's 95% interval over the means of the seeds; None unless there are 2 to 30 seeds.
 
     mean -+ t s / sqrt(S), s the standard deviation (denominator S - 1) of the S means.
     """

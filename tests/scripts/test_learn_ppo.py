@@ -78,7 +78,7 @@ def test_student_interval_over_seeds() -> None:
     found = learn_ppo_stats.over_seeds([np.array([0.0, 2.0]), np.array([2.0]), np.array([3.0, 3.0])])
     assert found == pytest.approx((2.0, 2.0 - 2.4841362, 2.0 + 2.4841362), abs=1e-6)
     assert learn_ppo_stats.over_seeds([np.ones(3)]) is None
-    assert learn_ppo_stats.over_seeds([np.ones(3)] * 11) is None
+    assert learn_ppo_stats.over_seeds([np.ones(3)] * 31) is None
 
 
 def test_student_quantiles() -> None:
