@@ -59,7 +59,7 @@ def test_ift_is_two_passes_with_the_models_own_guesses_mixed_in(policy_dir: Path
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["logps"].shape == (3,)
     for one, two in zip(got, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+        assert (one - two).norm() <= 1e-4 * two.norm()
 
 
 def test_the_noise_on_the_residual_depends_on_the_step_alone(policy_dir: Path) -> None:
