@@ -1,4 +1,4 @@
-"""Which checkpoint of a library trainer a killed run may resume from. Standard library only."""
+"""A library trainer's checkpoints and figures: what a killed run resumes from, and the last evaluation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _STATE_FILE = "trainer_state.json"
@@ -60,3 +64,12 @@ def _safetensors_whole(path: Path) -> bool:
             return False
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     return size == 8 + header_size + max(ends, default=0)
+
+
+def final_evaluation(trainer: Trainer) -> dict[str, float]:
+    """The held-out figures of the trained model; the last evaluation's where it was of these weights."""
+    state = trainer.state
+    last = [row for row in state.log_history if "eval_loss" in row][-1:]
+    if last and last[0]["step"] == state.global_step and not trainer.args.load_best_model_at_end:
+        return last[0]
+    return trainer.evaluate()

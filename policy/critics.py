@@ -14,15 +14,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from pipeline.adapters import adapter_parameters, merged_weights, using
 from pipeline.errors import UserError
-from policy.models import DTYPES, disable_dropout, response_hidden
+from policy.models import DTYPES, POLICY, disable_dropout, response_hidden
 from reward_model.score import HEAD_NAMES, Normalisation, backbone_and_head, load_reward_model
 from rollout.batch import RolloutBatch
 
 AFFINE = "value_mean_and_std"
 """Key of a critic's configuration under which its affine map is kept."""
 PLAIN = Normalisation(mean=0.0, std=1.0)
-POLICY = "policy"
-"""Name of the policy's adapter."""
 
 
 class Critic(nn.Module, ABC):

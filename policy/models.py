@@ -14,11 +14,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pipeline.adapters import FOLDER, merged_weights, save_adapter
 from pipeline.errors import UserError
 from policy.tensors import TokenScores, left_aligned, logprobs_from_hidden, shifted_response_hidden
 from rollout.batch import RolloutBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+POLICY = "policy"
+"""Name of the policy's adapter."""
 PROBE_TOLERANCE = 1e-2
 
 
@@ -77,6 +80,26 @@ def save_model(
     state = None if weights is None else dict(weights)
     model.save_pretrained(directory, state_dict=state)
     tokenizer.save_pretrained(directory)
+
+
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    dtype: str,
+    *,
+    adapter_over: str | None = None,
+) -> None:
+    """A trained policy as a plain model in `dtype`.
+
+    With `adapter_over`, the path of the policy's start, the adapter that was trained is merged, and also written by
+    itself into `directory/adapter`.
+    """
+    if adapter_over is None:
+        save_model(cast(model, dtype), tokenizer, directory)
+    else:
+        save_adapter(model, POLICY, directory / FOLDER, base=adapter_over)
+        save_model(model, tokenizer, directory, merged_weights(model, POLICY))
 
 
 def response_scores(

@@ -18,21 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.adapters import FOLDER, add_adapter, merged_weights, save_adapter
+from pipeline.adapters import add_adapter
 from pipeline.artifacts import identity, read_manifest
-from pipeline.checkpoints import newest_complete_checkpoint
+from pipeline.checkpoints import final_evaluation, newest_complete_checkpoint
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.recipe_direct import DirectSection, ReferencedSection
+from pipeline.recipe_direct import DirectSection
 from pipeline.stage import Stage, stage_main, trainer_callback
 from pipeline.tokens import PROMPT_SLOT, Encoder, load_tokenizer, set_prompt_form
 from pipeline.trl_args import build_trainer_arguments
 from policy.answers import can_share_prompts
 from policy.losses import METHODS
-from policy.models import cast, check_projection, disable_dropout, load_policy, save_model
+from policy.models import POLICY, check_projection, disable_dropout, load_policy, save_policy
 from policy.objectives import make_objective
 from policy.preference_data import Row, RowCollator, Rows, cached_sums, reference_sums, with_reference
-from policy.preference_eval import ADAPTER, Asked, ShowSamples, asked, evaluate
+from policy.preference_eval import Asked, ShowSamples, asked, evaluate
 from policy.preference_rows import MethodData, contrast_template, load_rows
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def set_up(stage: Stage) -> Direct:
     check_projection(model, source)
     disable_dropout(model)
     if section.lora:
-        add_adapter(model, ADAPTER, recipe.model.lora, seed=recipe.seed)
+        add_adapter(model, POLICY, recipe.model.lora, seed=recipe.seed)
     method = METHODS[stage.name]
     read = "means" if method.averaged else "sums"
     against = ", against a frozen reference" if method.needs_reference else ""
@@ -185,10 +185,8 @@ def with_reference_sums(direct: Direct) -> tuple[list[Row], list[Row]]:
     train, held_out = direct.data.train, direct.data.held_out
     if not METHODS[direct.name].needs_reference:
         return train, held_out
-    stage, section = direct.stage, direct.section
-    source = stage.inputs["policy"].path
-    if isinstance(section, ReferencedSection) and section.reference is not None:
-        source = stage.inputs["reference"].path
+    stage = direct.stage
+    source = stage.inputs["reference" if "reference" in stage.inputs else "policy"].path
     pad = direct.start.encoder.pad_token_id
     rows = [*train, *held_out]
 
@@ -220,13 +218,13 @@ def train(direct: Direct, rows: tuple[Sequence[Row], Sequence[Row]]) -> dict[str
 
 
 def held_out_figures(trainer: PreferenceTrainer) -> dict[str, float]:
-    """Loss and metrics of the trained model on the held-out rows; the last evaluation's where it was of this model."""
-    state = trainer.state
-    last = [row for row in state.log_history if "eval_loss" in row][-1:]
-    fresh = last and last[0]["step"] == state.global_step and not trainer.args.load_best_model_at_end
-    found = last[0] if fresh else trainer.evaluate()
+    """Loss and metrics of the trained model on the held-out rows."""
     timed = ("runtime", "per_second", "preparation_time")
-    return {f"eval/{k[5:]}": v for k, v in found.items() if k.startswith("eval_") and not k.endswith(timed)}
+    return {
+        f"eval/{k[5:]}": v
+        for k, v in final_evaluation(trainer).items()
+        if k.startswith("eval_") and not k.endswith(timed)
+    }
 
 
 def training_arguments(stage: Stage) -> TrainingArguments:
@@ -296,11 +294,8 @@ def make_trainer(
 def save(direct: Direct) -> None:
     """Writes the policy as a plain model; an adapter also by itself."""
     stage, model, tokenizer = direct.stage, direct.model, direct.own.encoder.tokenizer
-    if direct.section.lora:
-        save_adapter(model, ADAPTER, stage.out / FOLDER, base=stage.inputs["policy"].path)
-        save_model(model, tokenizer, stage.out, merged_weights(model, ADAPTER))
-    else:
-        save_model(cast(model, stage.recipe.model.dtype), tokenizer, stage.out)
+    adapter_over = stage.inputs["policy"].path if direct.section.lora else None
+    save_policy(model, tokenizer, stage.out, stage.recipe.model.dtype, adapter_over=adapter_over)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from policy.answers import AnswerBatch, Group, answer_logprobs, collate_answers
+from policy.losses.kto import mismatched
 from reward_model.score import token_batches
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def label_rows(labelled: Sequence[EncodedLabelled], seed: int) -> list[Row]:
     Source: Ethayarajh et al., arXiv:2402.01306, section 4.1 (mismatched pairs of a batch).
     """
     order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(seed)).tolist()
-    partner = {row: order[(place + 1) % len(order)] for place, row in enumerate(order)}
+    partner = {row: order[after] for row, after in zip(order, mismatched(len(order)).tolist(), strict=True)}
     return [
         Row(
             Group(row.prompt_ids, [row.response_ids]),

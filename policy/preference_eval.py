@@ -21,19 +21,16 @@ from pipeline.evaluation.summary import summarise
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts
 from policy.answers import Group
-from policy.models import load_policy, save_model
+from policy.models import POLICY, load_policy, save_model
 from policy.ppo.held_out import report_metrics, save_report
 from policy.preference_data import Row, reference_sums
 from rollout.engine import EngineKind, RolloutEngine
 from rollout.open import open_engine
 
-ADAPTER = "policy"
-"""Name of the adapter that a method trains under `lora`."""
-
 
 def weights_of(model: PreTrainedModel, *, adapted: bool) -> Iterable[tuple[str, Tensor]]:
     """The policy's weights by name, as a rollout engine loads them."""
-    return merged_weights(model, ADAPTER) if adapted else model.state_dict().items()
+    return merged_weights(model, POLICY) if adapted else model.state_dict().items()
 
 
 @dataclass(frozen=True)

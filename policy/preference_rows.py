@@ -69,7 +69,12 @@ def _encode(stage: Stage, encoder: Encoder, records: Sequence[Any]) -> tuple[lis
         rows = pair_rows(pairs)
     elif METHODS[stage.name].data == "labels":
         labelled, report = encode_labelled(records, encoder, data)
-        rows = label_rows(labelled, recipe.seed)
+        if len(labelled) == 1:
+            raise UserError(
+                "data.preferences: KTO compares each answer with another row's, and one side of the split has one row.",
+                mend="Add rows, or change data.eval_fraction.",
+            )
+        rows = label_rows(labelled, recipe.seed) if labelled else []
     else:
         examples, report = encode_sft(records, encoder, data)
         rows = [_target_row(example) for example in examples]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoints import newest_complete_checkpoint
+from pipeline.checkpoints import final_evaluation, newest_complete_checkpoint
 from pipeline.data import Split, load_sft
 from pipeline.errors import UserError
 from pipeline.evaluation.policy_eval import sample_seed
@@ -167,15 +167,8 @@ def make_trainer(
 
 
 def validation_loss(trainer: TokenMeanTrainer) -> float:
-    """Return -sum log p / n over all n supervised held-out tokens of the trained model, in nats.
-
-    The last evaluation is used when it was of these weights.
-    """
-    state = trainer.state
-    last = [row for row in state.log_history if "eval_loss" in row][-1:]
-    if last and last[0]["step"] == state.global_step and not trainer.args.load_best_model_at_end:
-        return last[0]["eval_loss"]
-    return trainer.evaluate()["eval_loss"]
+    """Return -sum log p / n over all n supervised held-out tokens of the trained model, in nats."""
+    return final_evaluation(trainer)["eval_loss"]
 
 
 def shown_prompts(held_out: Sequence[SftExample], count: int) -> list[Prompt]:

@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.adapters import (
-    FOLDER,
     adapter_parameters,
     adapter_state,
     add_adapter,
     load_adapter_state,
     merged_weights,
-    save_adapter,
     using,
 )
 from pipeline.recipe import Recipe
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder
-from policy.critics import POLICY, Critic, ValueHead
-from policy.models import cast, check_projection, disable_dropout, load_policy, save_model
+from policy.critics import Critic, ValueHead
+from policy.models import POLICY, cast, check_projection, disable_dropout, load_policy, save_model, save_policy
 from policy.ppo.critic import load_critic
 from policy.ppo.ranks import Ranks
 from policy.ppo.rewards import ModelReward, Rewards, load_rewards
@@ -146,11 +144,7 @@ def save_roles(roles: Roles, recipe: Recipe, tokenizer: PreTrainedTokenizerBase,
     `base` is the path of the policy's start, for the adapter's configuration.
     """
     dtype = recipe.model.dtype
-    if roles.adapted:
-        save_adapter(roles.policy, POLICY, out / FOLDER, base=base)
-        save_model(roles.policy, tokenizer, out, merged_weights(roles.policy, POLICY))
-    else:
-        save_model(cast(roles.policy, dtype), tokenizer, out)
+    save_policy(roles.policy, tokenizer, out, dtype, adapter_over=base if roles.adapted else None)
     save_model(cast(roles.critic.classifier(), dtype), tokenizer, out / "critic")
 
 

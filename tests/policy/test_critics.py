@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from pipeline.adapters import adapter_layers, adapter_state, add_adapter, copy_adapter, merged_weights, using
 from pipeline.recipe import LoraSection
-from policy.critics import POLICY, ValueHead, ValueModel, zero_head
-from policy.models import load_policy
+from policy.critics import ValueHead, ValueModel, zero_head
+from policy.models import POLICY, load_policy
 from reward_model.score import Normalisation
 from tests.policy.conftest import make_batch
 

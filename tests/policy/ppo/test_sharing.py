@@ -20,8 +20,8 @@ from pipeline.errors import UserError
 from pipeline.recipe import LoraSection, ModelSection, PpoSection
 from pipeline.stage import Stage
 from pipeline.tokens import load_tokenizer, tokenizer_sha256
-from policy.critics import PLAIN, POLICY, ValueHead, zero_head
-from policy.models import load_policy
+from policy.critics import PLAIN, ValueHead, zero_head
+from policy.models import POLICY, load_policy
 from policy.ppo.experience import make_experience
 from policy.ppo.maths import masked_mean
 from policy.ppo.rewards import shared_reward
