@@ -74,7 +74,7 @@ class Workload:
 WORKLOADS = {
     "tiny": Workload(Shape("llama", 512, 64, 128, 2, 2, 1), 8, 8, 16, 6, 128),
     "a": Workload(Shape("llama", 4096, 256, 816, 4, 4, 4), 64, 64, 96, 24, 2048),
-    "b": Workload(Shape("llama", 49152, 576, 1536, 30, 9, 3), 16, 64, 48, 24, 256),
+    "b": Workload(Shape("llama", 49152, 576, 1536, 30, 9, 3), 16, 64, 48, 24, 768),
     "qwen2.5-0.5b": Workload(Shape("qwen2", 151936, 896, 4864, 24, 14, 2), 64, 256, 512, 256, 16384),
     "qwen2.5-1.5b": Workload(Shape("qwen2", 151936, 1536, 8960, 28, 12, 2), 64, 256, 512, 256, 16384),
 }
