@@ -62,6 +62,7 @@ def _copy_tree(to: Path) -> None:
     for name in PACKAGES:
         shutil.copytree(ROOT / name, to / name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", to)
+    (to / "assets").symlink_to(ROOT / "assets")
 
 
 class Fixtures:
