@@ -87,5 +87,5 @@ def test_models_that_cannot_share_are_told(policy_dir: Path, tmp_path: Path) -> 
     window = {
         key: value for key, value in tiny_config().to_dict().items() if key not in ("architectures", "model_type")
     }
-    MistralForCausalLM(MistralConfig(**{**window, "sliding_window": 4})).save_pretrained(tmp_path / "window")
+    MistralForCausalLM(MistralConfig(**{**window, "sliding_window": 32})).save_pretrained(tmp_path / "window")
     assert not can_share_prompts(AutoModelForCausalLM.from_pretrained(tmp_path / "window").eval())

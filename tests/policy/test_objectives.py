@@ -1,4 +1,4 @@
-"""IFT on a model against the recipe of its repository written out, and KTO's weights and reference point."""
+"""The objectives on a model: IFT and contrast written out, IFT's noise, KTO's weights and reference point."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch.nn.functional import embedding
 
 from pipeline.recipe import Recipe
-from pipeline.recipe_direct import KtoSection
+from pipeline.recipe_direct import IftSection, KtoSection
 from policy.answers import Group
 from policy.models import disable_dropout, load_policy
-from policy.objectives import KtoObjective, Sizes, Step, make_objective
+from policy.objectives import IftObjective, KtoObjective, Sizes, Step, make_objective
 from policy.preference_data import Row, RowCollator
 
 ROWS = [
@@ -75,6 +75,32 @@ def test_the_noise_on_the_residual_depends_on_the_step_alone(policy_dir: Path) -
     first, second, third = losses(0, 1, 2)
     assert len({first, second, third}) == 3
     assert losses(2) == [third]
+
+
+def test_the_noise_on_the_residual_is_normal(policy_dir: Path) -> None:
+    """Of 400 steps half lie below the given weight, and 68% within a standard deviation."""
+    objective = IftObjective(IftSection(residual_weight=0.2, residual_noise=0.5), seed=0)
+    model, drawn = load_policy(policy_dir, "float32"), []
+    for step in range(400):
+        objective.begin_step(model, [], Step(step, lambda tensor: tensor))
+        drawn.append(objective.weight)
+    assert sum(weight < 0.2 for weight in drawn) / 400 == pytest.approx(0.5, abs=0.08)
+    assert sum(abs(weight - 0.2) < 0.1 for weight in drawn) / 400 == pytest.approx(0.683, abs=0.08)
+
+
+def test_contrast_is_the_mean_over_all_answer_tokens(policy_dir: Path) -> None:
+    model = load_policy(policy_dir, "float32").eval()
+    objective = make_objective("contrast", recipe(), shared=False, labels=(0, 0))
+    inputs = RowCollator(0, shared=False)(ROWS)
+    rows, tokens = objective.sizes(inputs)
+    loss, _ = objective.loss(model, inputs, Sizes(float(rows), float(tokens)))
+    nll = []
+    for row in ROWS:
+        asked, given = row.group.prompt_ids, row.group.answer_ids[0]
+        logits = model(torch.tensor([[*asked, *given]])).logits[0].log_softmax(-1)
+        nll += [-logits[len(asked) + t - 1, token].item() for t, token in enumerate(given)]
+    assert (rows, tokens) == (len(ROWS), len(nll))
+    assert loss.item() == pytest.approx(sum(nll) / len(nll), rel=1e-5)
 
 
 def test_kto_balances_its_labels_unless_told_otherwise() -> None:
