@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import random
 import statistics
 import sys
@@ -92,8 +93,8 @@ class Turn:
 
     @property
     def own_memory_gib(self) -> float:
-        """Peak above the libraries."""
-        return self.peak_memory_gib - self.start_memory_gib
+        """Peak above the libraries; at least a page, the least that is counted."""
+        return max(self.peak_memory_gib - self.start_memory_gib, mmap.PAGESIZE / 2**30)
 
     @property
     def last_loss(self) -> float:

@@ -122,7 +122,7 @@ def test_time_and_memory_of_earlier_runs_count_once(prepared: Path) -> None:
         stage.note_time_spent()
     noted = read_job(prepared)["spent"]
     assert 1000.0 <= noted["wall_seconds"] < 1100.0
-    assert 500.0 < noted["cpu_seconds"] < 700.0
+    assert 500.0 < noted["cpu_seconds"] <= 500.0 + sum(os.times()[:4]) + 0.1
     assert noted["peak_memory_gib"] == 77.0
     again = Stage(prepared)
     manifest = json.loads((again.complete({}) / "manifest.json").read_text())

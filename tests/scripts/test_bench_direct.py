@@ -68,6 +68,11 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert found["own_memory"] == pytest.approx(Spread(0.4, 1 / 3, 2 / 3))
 
 
+def test_a_turn_that_needs_nothing_above_the_libraries_has_a_ratio() -> None:
+    turns = Rounds([_turn(0, "dpo", side, 6.0, 1.0) for side in (PEER, OURS)])
+    assert against_trl(turns, "dpo", PEER)["own_memory"] == Spread(1.0, 1.0, 1.0)
+
+
 def test_simpo_beside_dpo() -> None:
     """SimPO 2, 1, 4 over DPO 2, 2, 4; with its pass 3, 8, 6; in every step 4, 2, 5. Memory 2, 2, 1.5."""
     left_out, in_one_epoch, live = simpo_against_dpo(ROUNDS).values()
