@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,15 +49,27 @@ def excerpt(value: object) -> str:
 
 def _read_jsonl(path: Path, tally: ReadTally) -> Rows:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not content.strip():
-                tally.empty_lines += 1
-                continue
-            try:
-                yield _json_row(f"{path}:{number}", content)
-            except RowError as error:
-                yield error
+        yield from _jsonl_rows(path, file, tally)
+
+
+def _read_gzipped_jsonl(path: Path, tally: ReadTally) -> Rows:
+    try:
+        with gzip.open(path) as file:
+            yield from _jsonl_rows(path, file, tally)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}).", mend="Make or copy the file again.") from error
+
+
+def _jsonl_rows(path: Path, lines: Iterable[bytes], tally: ReadTally) -> Rows:
+    for number, line in enumerate(lines, 1):
+        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if not content.strip():
+            tally.empty_lines += 1
+            continue
+        try:
+            yield _json_row(f"{path}:{number}", content)
+        except RowError as error:
+            yield error
 
 
 def _json_row(where: str, line: bytes) -> Row:
@@ -213,4 +227,15 @@ READERS: dict[str, Callable[[Path, ReadTally], Rows]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".jsonl.gz": _read_gzipped_jsonl,
 }
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether the end of its name says that `read_file` reads it."""
+    return path.name.endswith(tuple(READERS))
+
+
+def read_file(path: Path, tally: ReadTally) -> Rows:
+    """The rows of a data file in order; an unreadable one comes as the RowError it causes."""
+    return next(reader for suffix, reader in READERS.items() if path.name.endswith(suffix))(path, tally)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-from pipeline.data import Split, check_rankings, has_labels, load_records
+from pipeline.data import Split, check_rankings, has_labels, load_records, load_sft
 from pipeline.errors import UserError
 from pipeline.recipe import DataSection
 from pipeline.records import LabelledResponse, Prompt, Ranking, SftExample
@@ -45,6 +45,24 @@ def load_preferences(data: DataSection) -> Split[Ranking] | Split[LabelledRespon
     return split if has_labels(split) else check_rankings(split)
 
 
+def load_demonstrations(data: DataSection) -> Split[SftExample]:
+    """`data.sft`; where it is not set, the best or desirable answers of `data.preferences`.
+
+    Raises UserError as `load_sft` and `convert`.
+    """
+    if data.sft is not None or data.preferences is None:
+        return load_sft(data)
+    return convert(load_preferences(data), "targets", data.ranking_pairs)
+
+
+@overload
+def convert(
+    split: Split[Ranking] | Split[LabelledResponse], kind: Literal["targets"], which: Which
+) -> Split[SftExample]: ...
+@overload
+def convert(
+    split: Split[Ranking] | Split[LabelledResponse], kind: Kind, which: Which
+) -> Split[Pair] | Split[LabelledResponse] | Split[SftExample]: ...
 def convert(
     split: Split[Ranking] | Split[LabelledResponse], kind: Kind, which: Which
 ) -> Split[Pair] | Split[LabelledResponse] | Split[SftExample]:

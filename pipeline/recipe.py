@@ -72,7 +72,7 @@ class DataSection(Section):
     """What the stages read, how rows are split and how long prompts and responses may be."""
 
     sft: str | DataSource | None = None
-    """Demonstrations: rows of `text`, `prompt`/`response` or `messages`."""
+    """Demonstrations: rows of `text`, `prompt`/`response` or `messages`; default: the best answers of `preferences`."""
     preferences: str | DataSource | None = None
     """Pairs (`prompt`/`chosen`/`rejected`), rankings (`prompt`/`responses`/`ranks`) or labels
     (`prompt`/`completion`/`label`)."""
@@ -349,7 +349,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _ptx_has_demonstrations(self) -> Recipe:
-        if self.ppo.ptx_coef > 0.0 and self.data.sft is None:
+        if self.ppo.ptx_coef > 0.0 and self.data.sft is None and self.data.preferences is None:
             raise ValueError(
                 f"ppo.ptx_coef ({self.ppo.ptx_coef:g}) weighs the loss on data.sft, which is not set; set data.sft, or "
                 "ppo.ptx_coef to 0"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import UserError
-from pipeline.formats import READ_BATCH, READERS, ReadTally, Rows, arrow_rows
+from pipeline.formats import READ_BATCH, READERS, ReadTally, Rows, arrow_rows, is_data_file, read_file
 from pipeline.recipe import DataSource
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def locate(source: str | DataSource, key: str = "data") -> Location:
         if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return Location("saved", source, root)
         return Location("files", source, root, _folder_files(root, source, key))
-    if may_be_hub_id(source.path) and root.suffix not in READERS:
+    if may_be_hub_id(source.path) and not is_data_file(root):
         return Location("hub", source, root)
     near = _near_names(root)
     raise UserError(
@@ -82,7 +82,7 @@ def read_rows(location: Location, tally: ReadTally, key: str = "data") -> Rows:
         return
     for path in location.files:
         try:
-            yield from READERS[path.suffix](path, tally)
+            yield from read_file(path, tally)
         except OSError as error:
             raise UserError(
                 f"{key}: {path} cannot be read: {error.strerror or error}.",
@@ -131,7 +131,7 @@ def _near_names(root: Path) -> str:
 
 
 def _known_file(path: Path, key: str) -> Path:
-    if path.suffix in READERS:
+    if is_data_file(path):
         return path
     raise UserError(
         f"{key}: {path} is no kind of data file that can be read.",
@@ -145,7 +145,7 @@ def _folder_files(root: Path, source: DataSource, key: str) -> tuple[Path, ...]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix in READERS and not path.name.startswith((".", "_"))
+        if path.is_file() and is_data_file(path) and not path.name.startswith((".", "_"))
     ]
     if not files:
         raise UserError(

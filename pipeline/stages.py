@@ -156,14 +156,14 @@ def wanted_as(recipe: Recipe, name: str, role: str, path: str) -> str:
 
 
 def sources(recipe: Recipe, name: str) -> dict[str, str | DataSource]:
-    """The data sources that stage `name` reads; prompts fall back to preferences, then to sft.
+    """The data sources that stage `name` reads; sft falls back to preferences, prompts to these, then to sft.
 
     PPO reads the demonstrations too where `ppo.ptx_coef` weighs the loss on them; IFT reads them alone where there are
     no preferences.
     """
     data = recipe.data
     prompts = data.prompts or data.preferences or data.sft
-    fallback = {"sft": data.sft, "preferences": data.preferences, "prompts": prompts}
+    fallback = {"sft": data.sft or data.preferences, "preferences": data.preferences, "prompts": prompts}
     found = {}
     with_sft = name == "ppo" and recipe.ppo.ptx_coef > 0.0
     keys = (*STAGES[name].data, "sft") if with_sft else STAGES[name].data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,8 +51,8 @@ class Objective(Protocol):
         """Rows and supervised tokens of a batch."""
         ...
 
-    def begin_step(self, model: PreTrainedModel, batches: Sequence[Inputs], step: Step) -> None:
-        """Called before the batches of an optimiser step."""
+    def begin_step(self, model: PreTrainedModel, batches: Iterable[Inputs], step: Step) -> None:
+        """Called before the batches of an optimiser step, or of an evaluation."""
         ...
 
     def loss(self, model: PreTrainedModel, inputs: Inputs, sizes: Sizes) -> Result:
@@ -85,7 +85,7 @@ class PairObjective:
             tokens += int(prompts[inputs["group"][chosen]].sum())
         return len(chosen), tokens
 
-    def begin_step(self, model: PreTrainedModel, batches: Sequence[Inputs], step: Step) -> None:
+    def begin_step(self, model: PreTrainedModel, batches: Iterable[Inputs], step: Step) -> None:
         pass
 
     def loss(self, model: PreTrainedModel, inputs: Inputs, sizes: Sizes) -> Result:
@@ -116,43 +116,36 @@ class KtoObjective:
         self.beta = section.beta
         self.desirable_weight = section.desirable_weight or automatic[0]
         self.undesirable_weight = section.undesirable_weight or automatic[1]
-        self.reference_point: Tensor | None = None
+        self.reference_point = torch.zeros(())
 
     def sizes(self, inputs: Inputs) -> tuple[int, int]:
         return len(inputs["desirable"]), len(inputs["owner"])
 
     @torch.no_grad()
-    def begin_step(self, model: PreTrainedModel, batches: Sequence[Inputs], step: Step) -> None:
-        """One reference point for the whole step, so that it does not depend on the micro-batches."""
+    def begin_step(self, model: PreTrainedModel, batches: Iterable[Inputs], step: Step) -> None:
+        """One reference point for the whole step or evaluation, so that it does not depend on the batches."""
         total = torch.zeros(2, dtype=torch.float64, device=model.device)
         for inputs in batches:
-            logprobs = self._mismatched(model, inputs)
-            gaps = logprobs - inputs["other_reference"]
+            other = {key.removeprefix("other_"): value for key, value in inputs.items() if key.startswith("other_")}
+            gaps = answer_logprobs(model, AnswerBatch.of(other, shared=False)).answers - other["reference"]
             total += torch.stack([gaps.sum(), torch.tensor(float(len(gaps)), device=gaps.device)])
         total = step.sum_(total)
-        self.reference_point = (total[0] / total[1]).clamp(min=0.0).float()
+        gap, count = total.unsqueeze(1)
+        self.reference_point = kto_reference_point(gap, torch.zeros_like(gap), count).squeeze().float()
 
     def loss(self, model: PreTrainedModel, inputs: Inputs, sizes: Sizes) -> Result:
         found = answer_logprobs(model, AnswerBatch.of(inputs, shared=False)).answers
-        reference_point = self.reference_point
-        if reference_point is None or not model.training:
-            with torch.no_grad():
-                reference_point = kto_reference_point(self._mismatched(model, inputs), inputs["other_reference"])
         loss, metrics = kto_loss(
             found,
             inputs["reference"],
             inputs["desirable"],
-            reference_point,
+            self.reference_point,
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
             denominator=sizes.rows,
         )
-        return loss, metrics | {"kl": reference_point.expand(len(found))}
-
-    def _mismatched(self, model: PreTrainedModel, inputs: Inputs) -> Tensor:
-        other = {name.removeprefix("other_"): tensor for name, tensor in inputs.items() if name.startswith("other_")}
-        return answer_logprobs(model, AnswerBatch.of(other, shared=False)).answers
+        return loss, metrics | {"kl": self.reference_point.expand(len(found))}
 
 
 class ContrastObjective:
@@ -161,7 +154,7 @@ class ContrastObjective:
     def sizes(self, inputs: Inputs) -> tuple[int, int]:
         return len(inputs["group"]), len(inputs["owner"])
 
-    def begin_step(self, model: PreTrainedModel, batches: Sequence[Inputs], step: Step) -> None:
+    def begin_step(self, model: PreTrainedModel, batches: Iterable[Inputs], step: Step) -> None:
         pass
 
     def loss(self, model: PreTrainedModel, inputs: Inputs, sizes: Sizes) -> Result:
@@ -181,7 +174,7 @@ class IftObjective:
     def sizes(self, inputs: Inputs) -> tuple[int, int]:
         return len(inputs["group"]), len(inputs["owner"])
 
-    def begin_step(self, model: PreTrainedModel, batches: Sequence[Inputs], step: Step) -> None:
+    def begin_step(self, model: PreTrainedModel, batches: Iterable[Inputs], step: Step) -> None:
         """Draws the noise on the residual's weight."""
         draw = torch.randn((), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step.number))
         self.weight = residual_weight(self.section.residual_weight, self.section.residual_noise, float(draw))

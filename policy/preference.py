@@ -34,6 +34,7 @@ from policy.objectives import make_objective
 from policy.preference_data import Row, RowCollator, Rows, cached_sums, reference_sums, with_reference
 from policy.preference_eval import Asked, ShowSamples, asked, evaluate
 from policy.preference_rows import MethodData, contrast_template, load_rows
+from rollout.engine import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -44,6 +45,15 @@ CACHE = "ref_logprobs"
 """Folder of the run that keeps the reference's log-probabilities for every method."""
 LEARNING_RATES = {"dpo": 1e-6, "ipo": 1e-6, "kto": 1e-6, "simpo": 1e-6, "orpo": 5e-6, "ift": 5e-7, "contrast": 2e-5}
 """trl's for dpo and kto; SimPO's repository; ORPO's and IFT's scripts; trl's SFTConfig for contrast."""
+SAID = {
+    "loss": "loss",
+    "reward accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "log p of chosen": "logps/chosen",
+    "of rejected": "logps/rejected",
+    "of answers": "logps",
+}
+"""The held-out figures that are printed, by title; the manifest has them all."""
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1.0,
     "per_device_train_batch_size": 16,
@@ -112,6 +122,7 @@ def set_up(stage: Stage) -> Direct:
     own = start if stage.name != "contrast" else asked_in_form(stage, encoder, start)
     model = load_policy(source, "float32", "cuda" if torch.cuda.is_available() else "cpu")
     check_projection(model, source)
+    refuse_long_rows(stage.name, [*data.train, *data.held_out], context_length(model.config.get_text_config()))
     disable_dropout(model)
     if section.lora:
         add_adapter(model, POLICY, recipe.model.lora, seed=recipe.seed)
@@ -128,6 +139,18 @@ def set_up(stage: Stage) -> Direct:
             else f"{stage.name}: {type(model).__name__} reads every answer in a row of its own"
         )
     return Direct(stage, section, model, data, start, own, shared)
+
+
+def refuse_long_rows(name: str, rows: Sequence[Row], positions: int | None) -> None:
+    """Raises UserError for a prompt and answer that the model has no positions for."""
+    groups = [group for row in rows for group in row.groups]
+    longest = max(len(group.prompt_ids) + max(map(len, group.answer_ids)) for group in groups)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"{name}: the longest prompt and answer take {longest} tokens, and the model reads {positions} "
+            "(max_position_embeddings).",
+            mend="Lower data.max_prompt_tokens or data.max_response_tokens, or use a model with a longer context.",
+        )
 
 
 def asked_in_form(stage: Stage, encoder: Encoder, start: Asked) -> Asked:
@@ -213,7 +236,8 @@ def train(direct: Direct, rows: tuple[Sequence[Row], Sequence[Row]]) -> dict[str
     with closing(shown):
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         figures = held_out_figures(trainer)
-    stage.say("held out: " + "  ".join(f"{k.removeprefix('eval/')} {v:.4g}" for k, v in sorted(figures.items())))
+    said = {title: figures.get(f"eval/{key}") for title, key in SAID.items()}
+    stage.say("held out: " + ", ".join(f"{title} {v:.4g}" for title, v in said.items() if v is not None))
     return {"steps": output.global_step, "train_loss": output.training_loss, **figures}
 
 

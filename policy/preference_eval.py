@@ -102,9 +102,8 @@ def evaluate(stage: Stage, model: PreTrainedModel, start: Asked, own: Asked, *, 
     trained = measure(after, own.encoder, judges, scores=None, kl_per_sequence=gap, seed=recipe.seed)
     for place, report in enumerate((untrained, trained)):
         save_report(stage.out, place, report)
-    summary = summarise(
-        untrained, trained, names=("start", stage.name.upper()), shown=recipe.eval.shown_samples, seed=recipe.seed
-    )
+    names = (stage.inputs["policy"].kind.upper(), stage.name.upper())
+    summary = summarise(untrained, trained, names=names, shown=recipe.eval.shown_samples, seed=recipe.seed)
     stage.console.print(summary)
     (stage.out / "summary.md").write_text(summary.markdown(), encoding="utf-8")
     stage.say(f"try it: tristage chat {stage.out.with_name(stage.name)}")

@@ -93,6 +93,9 @@ class PreferenceTrainer(Trainer):
         dataloader = kwargs["dataloader"] if "dataloader" in kwargs else args[0]
         sizes = torch.tensor([self.objective.sizes(batch) for batch in dataloader], device=self.args.device)
         self._totals["eval"], self._held_out = {}, self._per_process(self._sum(sizes.sum(0)))
+        with self.compute_loss_context_manager():
+            step = Step(self.state.global_step, self._sum)
+            self.objective.begin_step(self._plain(self.model), map(self._prepare_inputs, dataloader), step)
         output = super().evaluation_loop(*args, **kwargs)
         self._held_out = None
         exact = {f"{prefix}_{key}": value for key, value in self._take_means("eval").items()}
@@ -113,7 +116,7 @@ class PreferenceTrainer(Trainer):
         if not totals:
             return {}
         summed = self._sum(torch.stack(list(totals.values()))).tolist()
-        return {name: total / rows for name, (total, rows) in zip(totals, summed, strict=True)}
+        return {name: total / rows for name, (total, rows) in zip(totals, summed, strict=True) if rows}
 
     def _per_process(self, sizes: Tensor) -> Sizes:
         share = sizes / self.accelerator.num_processes

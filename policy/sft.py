@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import final_evaluation, newest_complete_checkpoint
-from pipeline.data import Split, load_sft
+from pipeline.data import Split
 from pipeline.errors import UserError
 from pipeline.evaluation.policy_eval import sample_seed
+from pipeline.preferences import load_demonstrations
 from pipeline.recipe import DataSection, Recipe
 from pipeline.records import Prompt, SftExample
 from pipeline.stage import Stage, stage_main, trainer_callback
@@ -47,7 +48,7 @@ def run(stage: Stage) -> dict[str, Any]:
     tokenizer = load_tokenizer(source, recipe.model)
     stage.record_tokenizer(tokenizer)
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
-    split = load_sft(recipe.data)
+    split = load_demonstrations(recipe.data)
     train, held_out = _encode(stage, split, encoder)
     arguments = sft_arguments(recipe, stage.state, max(map(len, _ids(train))))
     model = load_policy(source, "float32")

@@ -23,6 +23,7 @@ from rich.console import Console
 from pipeline.artifacts import read_manifest, write_json, write_text
 from pipeline.data import load_rankings
 from pipeline.errors import UserError
+from pipeline.evaluation.measures import Estimate
 from pipeline.evaluation.policy_eval import PolicyReport
 from pipeline.recipe import Recipe
 from pipeline.recipe_direct import DIRECT
@@ -142,7 +143,10 @@ def write(out: Path, arms: Mapping[str, Sequence[Arm]], commands: Sequence[str])
     console = Console(highlight=False)
     for grid in grids:
         console.print(grid.rich())
-    parts = ["# What the direct methods do\n", *(grid.markdown() for grid in grids)]
+    found = findings(arms)
+    console.print(*found, sep="\n", markup=False, soft_wrap=True)
+    parts = ["# What the direct methods do\n", *(f"- {line}" for line in found), ""]
+    parts += [grid.markdown() for grid in grids]
     parts.append("## Commands\n\n```console\n" + "".join(f"$ {line}\n" for line in dict.fromkeys(commands)) + "```\n")
     write_text(out / f"{NAME}.md", "\n".join(parts))
     numbers = {
@@ -157,8 +161,51 @@ def write(out: Path, arms: Mapping[str, Sequence[Arm]], commands: Sequence[str])
         ]
         for title, each in arms.items()
     }
-    write_json(out / f"{NAME}.json", {"commands": list(dict.fromkeys(commands)), "arms": numbers})
+    write_json(out / f"{NAME}.json", {"findings": found, "commands": list(dict.fromkeys(commands)), "arms": numbers})
     console.print(f"report: {out / NAME}.md and .json", markup=False, soft_wrap=True)
+
+
+def findings(arms: Mapping[str, Sequence[Arm]]) -> list[str]:
+    """What the tables say: which method raises which judge, and the SimPO paper's observations, borne out or not."""
+    lines = []
+    for title, each in arms.items():
+        of_verdict: dict[str, list[str]] = {}
+        for judge in each[0].after.judges:
+            of_verdict.setdefault(judge_change(each, judge)[2], []).append(judge)
+        verdicts = ", ".join(f"{' and '.join(judges)} {verdict}" for verdict, judges in of_verdict.items())
+        lines.append(f"{title}: {verdicts} ({len(each)} seed{'s' * (len(each) > 1)})")
+    if SUMS in arms:
+        means, sums = (
+            (
+                statistics.fmean(arm.after.length.mean for arm in arms[title]),
+                statistics.fmean(arm.likelihoods.spearman for arm in arms[title]),
+            )
+            for title in ("simpo", SUMS)
+        )
+        lines.append(
+            f"{SUMS}: answers of {sums[0]:.2f} tokens instead of {means[0]:.2f} "
+            f"({'longer' if sums[0] > means[0] else 'not longer'}; longer in the paper), likelihood-length Spearman "
+            f"{sums[1]:+.3f} instead of {means[1]:+.3f} ({'higher' if sums[1] > means[1] else 'not higher'}; higher in "
+            "the paper)"
+        )
+    if "dpo" in arms:
+        dpo = [arm.likelihoods for arm in arms["dpo"]]
+        agreement = statistics.fmean(each.agreement for each in dpo)
+        lines.append(f"dpo's implicit reward orders {agreement:.1%} of the held-out pairs as its likelihood does")
+        if "simpo" in arms:
+            own = statistics.fmean(each.reward_accuracy for each in dpo)
+            other = statistics.fmean(arm.likelihoods.ranking_accuracy for arm in arms["simpo"])
+            lines.append(f"held-out accuracy of their own rewards: dpo {own:.3f}, simpo {other:.3f}")
+    return lines
+
+
+def judge_change(each: Sequence[Arm], judge: str) -> tuple[list[np.ndarray], tuple[Estimate, Estimate | None], str]:
+    """A judge's changes by prompt of every seed, their mean with both intervals, and the verdict that both bear out."""
+    changes = [per_prompt(arm.after, judge) - per_prompt(arm.before, judge) for arm in each]
+    pooled, student = hierarchical_bootstrap(changes), over_seeds(changes)
+    both = [estimate for estimate in (pooled, student) if estimate]
+    lowered = "lowered" if all(estimate.high < 0 for estimate in both) else "not clearly changed"
+    return changes, (pooled, student), "raised" if all(estimate.low > 0 for estimate in both) else lowered
 
 
 def gold_grid(arms: Mapping[str, Sequence[Arm]]) -> Grid:
@@ -166,13 +213,9 @@ def gold_grid(arms: Mapping[str, Sequence[Arm]]) -> Grid:
     rows = []
     for title, each in arms.items():
         for judge in each[0].after.judges:
-            found = [per_prompt(arm.after, judge) - per_prompt(arm.before, judge) for arm in each]
-            pooled, student = hierarchical_bootstrap(found), over_seeds(found)
-            lows = [pooled.low, *([student.low] if student else [])]
-            highs = [pooled.high, *([student.high] if student else [])]
-            verdict = "raised" if min(lows) > 0 else "lowered" if max(highs) < 0 else "no clear change"
-            shown = [f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" if e else "-" for e in (pooled, student)]
-            rows.append([title, judge, *shown, "  ".join(f"{values.mean():+.3f}" for values in found), verdict])
+            changes, estimates, verdict = judge_change(each, judge)
+            shown = [f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" if e else "-" for e in estimates]
+            rows.append([title, judge, *shown, "  ".join(f"{values.mean():+.3f}" for values in changes), verdict])
     header = ["method", "judge", "bootstrap of seeds and prompts", "Student's t over seeds", "each seed", ""]
     return Grid("Gold judges, method - start, 95% intervals", header, rows)
 

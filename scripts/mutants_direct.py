@@ -122,7 +122,10 @@ DIRECT = (
         ("undesirable_weight * torch.sigmoid(-short)", "desirable_weight * torch.sigmoid(-short)"),
         ("row_mean(losses, denominator), {", "row_mean(losses, None), {"),
         ('("undesirable_weight", undesirable_weight),', ""),
-        ('rewards.detach(), "logps"', 'rewards, "logps"'),
+        ("rewards.detach()[rows]", "rewards[rows]"),
+        ("short < 0, short > 0", "short <= 0, short >= 0"),
+        ("short < 0, short > 0", "short > 0, short < 0"),
+        ('("chosen", desirable), ("rejected", ~desirable)', '("chosen", ~desirable), ("rejected", desirable)'),
     ),
     *of(
         "policy/losses/ift.py",

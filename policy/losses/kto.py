@@ -69,7 +69,10 @@ def kto_loss(  # noqa: PLR0913 - one argument per part of the formula
     undesirable_weight: float,
     denominator: float | Tensor | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """The KTO loss, a scalar, and metrics [N]: `rewards` = beta r and `logps`, the summed log-probabilities.
+    """The KTO loss, a scalar, and metrics.
+
+    They are `rewards/chosen` = beta r and `logps/chosen`, summed log-probabilities, of the desirable rows,
+    `.../rejected` of the others, and `rewards/accuracies` [N], whether r is on its label's side of z.
 
     With r = logprobs - ref_logprobs, sums over the response tokens, EOS included, and z =
     `reference_point` (`kto_reference_point`; it gets no gradient), per row:
@@ -91,4 +94,7 @@ def kto_loss(  # noqa: PLR0913 - one argument per part of the formula
     rewards = beta * (logprobs - at_least_float32(ref_logprobs))
     short = beta * reference_point.detach() - rewards
     losses = torch.where(desirable, desirable_weight * torch.sigmoid(short), undesirable_weight * torch.sigmoid(-short))
-    return row_mean(losses, denominator), {"rewards": rewards.detach(), "logps": logprobs.detach()}
+    metrics = {"rewards/accuracies": torch.where(desirable, short < 0, short > 0).to(rewards.dtype)}
+    for side, rows in (("chosen", desirable), ("rejected", ~desirable)):
+        metrics |= {f"rewards/{side}": rewards.detach()[rows], f"logps/{side}": logprobs.detach()[rows]}
+    return row_mean(losses, denominator), metrics

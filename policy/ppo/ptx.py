@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.data import load_sft
 from pipeline.errors import UserError
+from pipeline.preferences import load_demonstrations
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedExample, Encoder, encode_sft
 from policy.models import response_scores
@@ -85,7 +85,7 @@ def load_ptx(stage: Stage, encoder: Encoder) -> PtxLoss | None:
     recipe, ppo = stage.recipe, stage.recipe.ppo
     if ppo.ptx_coef == 0.0:
         return None
-    split = load_sft(recipe.data)
+    split = load_demonstrations(recipe.data)
     examples, lengths = encode_sft(split.train, encoder, recipe.data)
     for line in [*split.lines(), *lengths.lines()]:
         stage.say(line)

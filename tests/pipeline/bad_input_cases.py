@@ -151,7 +151,9 @@ CASES = {
     "unknown stage": Case(nothing, ("run", "--stages", "sft,dpo3"), ("--stages", "'dpo3'", "sft, rm, ppo")),
     # what a stage reads
     "missing data file": Case(remove("sft.jsonl"), SFT, ("data.sft", "sft.jsonl does not exist")),
-    "data key not set": Case(recipe_instead("  sft: sft.jsonl\n", ""), SFT, ("data.sft is not set",)),
+    "data key not set": Case(
+        recipe_instead("  sft: sft.jsonl\n  preferences: rankings.jsonl\n", ""), SFT, ("data.sft is not set",)
+    ),
     "unknown kind of data file": Case(
         recipe_instead("sft: sft.jsonl", "sft: length_judge.py"), SFT, ("data.sft", "length_judge.py", ".jsonl")
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -293,3 +294,18 @@ def test_local_files_need_no_heavy_import(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_gzipped_jsonl_is_read_and_a_cut_one_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "response": "r", "split": "eval" if n == 0 else "train"} for n in range(2000)]
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    file = tmp_path / "train.jsonl.gz"
+    file.write_bytes(packed)
+    split = load_sft(DataSection(sft=str(tmp_path)))
+    assert (len(split.train), split.train[-1].source) == (1999, f"{file}:2000")
+    file.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=r"train\.jsonl\.gz is not a whole gzip file"):
+        load_sft(DataSection(sft=str(file)))
+    file.write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"train\.jsonl\.gz is not a whole gzip file"):
+        load_sft(DataSection(sft=str(file)))

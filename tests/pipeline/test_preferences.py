@@ -19,6 +19,7 @@ from pipeline.preferences import (
     convert,
     label_pairs,
     label_targets,
+    load_demonstrations,
     load_preferences,
     ranking_labels,
     ranking_pairs,
@@ -26,6 +27,7 @@ from pipeline.preferences import (
 )
 from pipeline.recipe import DataSection
 from pipeline.records import LabelledResponse, Prompt, Ranking, SftExample
+from tests.tiny_stage import write_rows
 
 P, Q = Prompt("p"), Prompt("q")
 RANKED = Ranking(P, ("ok", "best", "bad", "fine"), (1.0, 0.0, 2.0, 1.0), (5.0, 9.0, 1.0, 6.0), "f:1")
@@ -242,3 +244,21 @@ def test_rankings_are_checked_when_loaded(tmp_path: Path) -> None:
     tied = [{"prompt": f"p{i}", "responses": ["a", "b"], "ranks": [1, 1]} for i in range(40)]
     with pytest.raises(UserError, match="all answers are tied"):
         load_preferences(write(tmp_path / "a.jsonl", tied))
+
+
+def test_without_demonstrations_the_best_answers_are_learnt(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"p{n}", "chosen": f" good {n}", "rejected": " bad", "split": side(n)} for n in range(4)]
+    preferences = str(write_rows(tmp_path / "pairs.jsonl", pairs))
+    split = load_demonstrations(DataSection(preferences=preferences))
+    assert [(e.prompt.content, e.response) for e in split.train if e.prompt] == [
+        (f"p{n}", f" good {n}") for n in (1, 2, 3)
+    ]
+    assert [e.response for e in split.eval] == [" good 0"]
+    assert split.report["conversion"]["to"] == "targets"
+    rows = [{"prompt": f"p{n}", "response": " own", "split": side(n)} for n in range(4)]
+    own = load_demonstrations(DataSection(preferences=preferences, sft=str(write_rows(tmp_path / "sft.jsonl", rows))))
+    assert {e.response for e in own.train} == {" own"}
+
+
+def side(n: int) -> str:
+    return "train" if n else "eval"

@@ -40,13 +40,15 @@ FILES = {
 IDS = torch.tensor([[1, 20, 30, 40]])
 
 
-def stage_of(place: Workplace, name: str, data: Mapping[str, Any] | None = None, **section: Any) -> Stage:
+def stage_of(
+    place: Workplace, name: str, data: Mapping[str, Any] | None = None, dtype: str = "float32", **section: Any
+) -> Stage:
     trainer = {"learning_rate": 1e-3, "max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4}
     trainer |= {"eval_steps": 3, "logging_steps": 1}
     files = {key: str(place.path / f"{key}.jsonl") for key in ("sft", "prompts")}
     recipe: Mapping[str, Any] = {
         "name": "tiny",
-        "model": {"name_or_path": "model", "lora": {"rank": 4, "alpha": 8.0}},
+        "model": {"name_or_path": "model", "dtype": dtype, "lora": {"rank": 4, "alpha": 8.0}},
         "data": {
             **files,
             "preferences": str(place.path / "rankings.jsonl"),
@@ -116,6 +118,32 @@ def test_the_first_loss_of_dpo_is_log_2_and_its_reference_serves_ipo(tmp_path: P
     assert [path.stat().st_mtime_ns for path in (place.run / "ref_logprobs").iterdir()] == [kept]
 
 
+def test_bfloat16_trains_float32_weights_and_writes_bfloat16_ones(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "work")
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        stage = stage_of(place, "dpo", dtype=dtype)
+        final = stage.complete(run(stage)).rename(tmp_path / dtype)
+        losses[dtype] = rows_of(final, "loss")[-1]["loss"]
+        saved = AutoModelForCausalLM.from_pretrained(final, dtype="auto")
+        assert {str(p.dtype) for p in saved.parameters()} == {f"torch.{dtype}"}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=1e-3)
+    assert len(list((place.run / "ref_logprobs").iterdir())) == 2, "either precision has its own reference sums"
+
+
+def test_the_held_out_figures_are_said_and_written(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "work")
+    for name, titles in (("dpo", ("margin", "log p of chosen", "of rejected")), ("kto", ("of rejected",))):
+        stage = stage_of(place, name)
+        final = stage.complete(run(stage))
+        (line,) = [line for line in (final / "log.txt").read_text().splitlines() if "held out: " in line]
+        metrics = json.loads((final / "manifest.json").read_text())["metrics"]
+        assert f"held out: loss {metrics['eval/loss']:.4g}, reward accuracy" in line
+        assert all(title in line for title in titles)
+        assert f"of rejected {metrics['eval/logps/rejected']:.4g}" in line
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     place = make_workplace(tmp_path / "work")
     stage = stage_of(place, "kto")
@@ -157,3 +185,12 @@ def test_labels_of_one_kind_are_refused(tmp_path: Path) -> None:
     labels = write_rows(tmp_path / "labels.jsonl", rows)
     with pytest.raises(UserError, match=r"data\.preferences: .*label"):
         run(stage_of(place, "kto", data={"preferences": str(labels)}))
+
+
+def test_a_row_that_the_model_has_no_positions_for_is_refused(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "work")
+    config = place.path / "model" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"max_position_embeddings": 9}))
+    with pytest.raises(UserError, match=r"dpo: the longest prompt and answer take 1\d tokens, and the model reads 9 "):
+        run(stage_of(place, "dpo"))

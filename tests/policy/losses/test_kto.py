@@ -40,8 +40,11 @@ def test_the_loss_by_hand() -> None:
         logprobs, tensor([-5.0, -4.0, -4.0]), GOOD, z, beta=0.5, desirable_weight=1.5, undesirable_weight=2.0
     )
     close(loss, (1.5 * (1 - sigmoid(0.5)) + 2 * (1 - sigmoid(1)) + 1.5 * (1 - sigmoid(-0.5))) / 3)
-    close(metrics["rewards"], [1.0, -0.5, 0.0])
-    close(metrics["logps"], [-3.0, -5.0, -4.0])
+    close(metrics["rewards/chosen"], [1.0, 0.0])
+    close(metrics["rewards/rejected"], [-0.5])
+    close(metrics["logps/chosen"], [-3.0, -4.0])
+    close(metrics["logps/rejected"], [-5.0])
+    close(metrics["rewards/accuracies"], [1.0, 1.0, 0.0])
     assert not any(value.requires_grad for value in metrics.values())
     loss.backward()
     assert z.grad is None
@@ -59,14 +62,23 @@ def test_the_reference_point_is_a_mean_bounded_at_0_without_gradient() -> None:
     close(kto_reference_point(logprobs, tensor([-1.0, -1.0, -1.0])), 0.0)
 
 
+def test_a_reward_at_the_reference_point_is_on_neither_side() -> None:
+    logprobs = tensor([-3.0, -5.0])
+    _, metrics = kto_loss(
+        logprobs, logprobs, GOOD[:2], tensor(0.0), beta=0.5, desirable_weight=1.0, undesirable_weight=1.0
+    )
+    close(metrics["rewards/accuracies"], [0.0, 0.0])
+
+
 def test_half_precision_is_lifted() -> None:
     # in bfloat16 1.00390625 would be 1, and -300.5 would be -300
     logprobs, ref = tensor([1.0, -300.0]).bfloat16(), tensor([-0.00390625, 0.5]).bfloat16()
     loss, metrics = kto_loss(
         logprobs, ref, GOOD[:2], torch.tensor(0.0), beta=1.0, desirable_weight=1.0, undesirable_weight=1.0
     )
-    assert loss.dtype == metrics["logps"].dtype == torch.float32
-    close(metrics["rewards"], [1.00390625, -300.5])
+    assert loss.dtype == metrics["logps/chosen"].dtype == metrics["rewards/accuracies"].dtype == torch.float32
+    close(metrics["rewards/chosen"], [1.00390625])
+    close(metrics["rewards/rejected"], [-300.5])
     close(kto_reference_point(logprobs[:1], ref[:1]), 1.00390625)
 
 
