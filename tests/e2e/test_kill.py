@@ -160,6 +160,27 @@ def test_library_trainers_resume_from_their_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_a_direct_method_killed_ends_as_if_it_had_not_been(copied: Callable[..., Workplace], stage: str) -> None:
+    place = copied()
+    steps = {"learning_rate": "1e-3", "max_steps": "12", "save_steps": "3", "logging_steps": "1", "eval_steps": "4"}
+    settings = [word for key, value in steps.items() for word in (f"--{stage}.trainer.{key}", value)]
+    words = (stage, "recipe.yaml", *settings, f"--{stage}.trainer.per_device_train_batch_size", "4")
+    run_to_the_end(place, *words)
+    expected = place.manifest(stage), place.rows(stage, "samples.jsonl")
+    shutil.rmtree(place.run / stage)
+    checkpoint = place.run / f"{stage}.partial" / "state" / "checkpoint-3" / "trainer_state.json"
+    kill_stage(place, words, checkpoint.exists)
+    assert not (place.run / stage).exists()
+    assert "resuming from checkpoint-" in run_to_the_end(place, *words)
+    ours, samples = place.manifest(stage), place.rows(stage, "samples.jsonl")
+    assert samples == expected[1]
+    assert ours["files"]["model.safetensors"] == expected[0]["files"]["model.safetensors"]
+    steps_logged = [row["step"] for row in place.rows(stage) if "loss" in row]
+    assert steps_logged == list(range(1, 13))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_kills_before_the_first_save_only_cost_time(
     copied: Callable[..., Workplace], finished_run: Workplace, stage: str
