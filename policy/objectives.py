@@ -130,8 +130,8 @@ class KtoObjective:
             gaps = answer_logprobs(model, AnswerBatch.of(other, shared=False)).answers - other["reference"]
             total += torch.stack([gaps.sum(), torch.tensor(float(len(gaps)), device=gaps.device)])
         total = step.sum_(total)
-        gap, count = total.unsqueeze(1)
-        self.reference_point = kto_reference_point(gap, torch.zeros_like(gap), count).squeeze().float()
+        gap, count = total
+        self.reference_point = kto_reference_point(gap[None], torch.zeros_like(gap)[None], count).float()
 
     def loss(self, model: PreTrainedModel, inputs: Inputs, sizes: Sizes) -> Result:
         found = answer_logprobs(model, AnswerBatch.of(inputs, shared=False)).answers

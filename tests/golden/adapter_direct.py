@@ -133,7 +133,10 @@ def kto(  # noqa: PLR0913 - the names are those of the file
     # A zero times policy_kl gives it a gradient to compare, 0 if the reference point has none.
     loss = loss + 0.0 * policy_kl.sum()
     losses = _losses(lambda rows: loss_of(rows)[0], len(policy))
-    return {"loss": loss, "losses": losses, "rewards": metrics["rewards"], "z_ref": z}
+    rewards = torch.empty_like(losses)
+    for side, rows in (("chosen", label.bool()), ("rejected", ~label.bool())):
+        rewards[rows] = metrics[f"rewards/{side}"].to(rewards.dtype)
+    return {"loss": loss, "losses": losses, "rewards": rewards, "z_ref": z}
 
 
 def mismatch_index(n: int) -> Mapping[str, Any]:

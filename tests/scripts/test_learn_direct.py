@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,11 +90,14 @@ def test_likelihoods_are_those_of_each_answer_by_itself(tmp_path: Path, monkeypa
     tokenizer.save_pretrained("policy")
     held_out = [{"prompt": f"row {n}", "split": "eval" if n else "train", **answers(n)} for n in range(9)]
     (place.path / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
-    got = learn_direct.likelihoods(load_recipe("recipe.yaml"), Path("policy"), Path("model"))
+    got = learn_direct.likelihoods(
+        load_recipe("recipe.yaml", ["--data.max_response_tokens", "64"]), Path("policy"), Path("model")
+    )
 
+    models = [AutoModelForCausalLM.from_pretrained(name) for name in ("policy", "model")]
     means, lengths, ordered = [], [], []
     for row in held_out[1:]:
-        found = [log_prob(tokenizer, row["prompt"], answer) for answer in row["responses"]]
+        found = [log_probs(models, tokenizer, row["prompt"], answer) for answer in row["responses"]]
         means += [policy / tokens for policy, _, tokens in found]
         lengths += [tokens for *_, tokens in found]
         for a, b in combinations(range(len(found)), 2):
@@ -102,14 +106,14 @@ def test_likelihoods_are_those_of_each_answer_by_itself(tmp_path: Path, monkeypa
             (p, q, n), (r, s, m) = (found[a], found[b]) if row["ranks"][a] < row["ranks"][b] else (found[b], found[a])
             ordered.append((p / n > r / m, p - q > r - s))
     by_mean, by_reward = np.array(ordered).T
-    assert got.spearman == pytest.approx(np.corrcoef(ranks(means), ranks(lengths))[0, 1], abs=1e-6)
+    assert got.spearman == pytest.approx(np.corrcoef(shared_ranks(means), shared_ranks(lengths))[0, 1], abs=1e-6)
     assert got.ranking_accuracy == pytest.approx(by_mean.mean())
     assert got.reward_accuracy == pytest.approx(by_reward.mean())
     assert got.agreement == pytest.approx((by_mean == by_reward).mean())
     assert by_mean.mean() != by_reward.mean()
 
 
-def ranks(values: list[float]) -> list[float]:
+def shared_ranks(values: list[float]) -> list[float]:
     """Equal values share the mean of their ranks."""
     return [sum(other < own for other in values) + sum(other == own for other in values) / 2 for own in values]
 
@@ -120,14 +124,13 @@ def answers(n: int) -> dict[str, list[object]]:
     return {"responses": list(texts), "ranks": [n % 3, 1, 1]}
 
 
-def log_prob(tokenizer: object, prompt: str, answer: str) -> tuple[float, float, int]:
-    """sum log p of the answer and its EOS under policy and start, nats, and its tokens."""
-    assert callable(tokenizer)
+def log_probs(models: list[Any], tokenizer: Any, prompt: str, answer: str) -> tuple[float, float, int]:
+    """sum log p of the answer and its EOS under both models, nats, and its tokens."""
     asked = [1, *tokenizer(prompt, add_special_tokens=False).input_ids]
     given = [*tokenizer(answer, add_special_tokens=False).input_ids, 2]
     sums = []
-    for name in ("policy", "model"):
-        logits = AutoModelForCausalLM.from_pretrained(name)(torch.tensor([asked + given])).logits[0].log_softmax(-1)
+    for model in models:
+        logits = model(torch.tensor([asked + given])).logits[0].log_softmax(-1)
         sums.append(sum(logits[len(asked) + t - 1, token].item() for t, token in enumerate(given)))
     return sums[0], sums[1], len(given)
 
