@@ -73,8 +73,9 @@ def first_step(
         dataloader_pin_memory=False,
         train_sampling_strategy="sequential",
     )
+    objective, fresh = (make_objective(name, recipe, shared=shared, labels=(2, 4)) for _ in range(2))
     trainer = PreferenceTrainer(
-        objective=make_objective(name, recipe, shared=shared, labels=(2, 4)),
+        objective=objective,
         model=model,
         args=arguments,
         data_collator=RowCollator(0, shared),
@@ -84,6 +85,7 @@ def first_step(
     )
     trainer.remove_callback(PrinterCallback)
     held_out = trainer.evaluate()
+    trainer.objective = fresh  # which knows nothing of the evaluation
     trainer.train()
     logged = next(row for row in trainer.state.log_history if "loss" in row and "eval_loss" not in row)
     return keep.gradients, logged, held_out
