@@ -11,7 +11,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -104,7 +104,7 @@ class LiveReference:
         """The objective's."""
         return self.objective.sizes(inputs)
 
-    def begin_step(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], step: Step) -> None:
+    def begin_step(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], step: Step) -> None:
         """The objective's."""
         self.objective.begin_step(model, batches, step)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
@@ -163,6 +163,7 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_si
         }
     )
 )
+@example({"model": {"name_or_path": "a\x85b\u2028c\u2029"}})
 def test_a_dumped_recipe_loads_back_equal(tmp_path_factory: pytest.TempPathFactory, values: dict) -> None:
     recipe = Recipe.model_validate({"name": "tiny", **values})
     file = tmp_path_factory.mktemp("dump") / "recipe.yaml"
