@@ -161,6 +161,7 @@ def _start(directory: Path, options: EngineOptions) -> LLM:
                 max_model_len=options.max_model_len,
                 max_num_seqs=options.max_sequences,
                 enforce_eager=cpu,
+                enable_chunked_prefill=not cpu,  # a split prompt's generator is rewound, which CPU generators cannot
                 kv_cache_memory_bytes=int(options.kv_cache_gib * _GIB) if cpu else None,
                 gpu_memory_utilization=options.gpu_memory_utilization,
                 logprobs_mode="processed_logprobs",

@@ -192,6 +192,15 @@ def test_more_prompts_than_sequences_keep_their_order(engine: RolloutEngine, pol
         assert list(completion.token_ids) == greedy(policy, prompt, 3)
 
 
+def test_more_prompt_tokens_than_one_forward_takes(engine: RolloutEngine) -> None:
+    """vLLM rewinds the generator of a request whose prompt it has split, which a CPU's generator cannot do."""
+    prompts, sampling = prompts_of([401] * 50, seed=4), SamplingOptions(max_new_tokens=4)
+    together = engine.generate(prompts, sampling, range(50))
+    for index in (0, 21, 49):
+        alone = engine.generate(prompts[index : index + 1], sampling, [index])
+        assert together[index].token_ids == alone[0].token_ids
+
+
 def test_only_the_given_stop_tokens_end_a_response(engine: RolloutEngine) -> None:
     prompts = prompts_of([5] * 64, seed=2)
     sampling = SamplingOptions(max_new_tokens=60, temperature=1.5)
