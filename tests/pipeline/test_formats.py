@@ -113,7 +113,7 @@ def test_rated_pairs_in_every_kind_of_file(form: str, tmp_path: Path) -> None:
     assert {r.ratings for r in split.train + split.eval} == {(8.5, 6.0)}
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "saved", "saved-dict"])
 def test_labels_in_every_kind_of_file_that_has_truth_values(form: str, tmp_path: Path) -> None:
     split = load_preferences(DataSection(preferences=write(form, tmp_path, LABELLED)))
     read = sorted(split.train + split.eval, key=lambda row: int(row.prompt.key[1:]))
