@@ -309,10 +309,25 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    if direct.name == "kto":
+        refuse_one_sided_steps(*counts, per_step)
     stage.say(
         f"{direct.name}: {direct.data.size}; {per_step} rows per optimiser step, {arguments.num_train_epochs:g} epochs"
     )
     return trainer
+
+
+def refuse_one_sided_steps(desirable: int, undesirable: int, per_step: int) -> None:
+    """Raises UserError where more than half of KTO's steps would hold one label: each pulls one way only."""
+    share = desirable / (desirable + undesirable)
+    one_sided = share**per_step + (1 - share) ** per_step
+    if one_sided > 0.5:
+        raise UserError(
+            f"kto: with {per_step} rows per optimiser step, and {share:.1%} of the answers desirable, "
+            f"{one_sided:.0%} of the steps would hold one label only.",
+            mend="Raise kto.trainer.per_device_train_batch_size or gradient_accumulation_steps, or add answers with "
+            "the rarer label.",
+        )
 
 
 def save(direct: Direct) -> None:

@@ -19,7 +19,7 @@ from pipeline.recipe_direct import DIRECT
 from pipeline.stage import Stage
 from pipeline.tokens import PROMPT_FORM
 from policy.losses import METHODS
-from policy.preference import run
+from policy.preference import refuse_one_sided_steps, run
 from tests.tiny_stage import prepare_stage, write_rows
 from tests.workplace import Workplace, make_workplace
 
@@ -177,6 +177,21 @@ def test_a_reference_that_is_no_ancestor_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(other)
     with pytest.raises(UserError, match=r"dpo\.reference: .*neither the policy's start.*ancestors"):
         run(stage_of(place, "dpo", reference=str(other)))
+
+
+def test_steps_that_rarely_hold_both_labels_are_refused() -> None:
+    """Two rows of even labels: half of the steps; one: all; 16 with 4% good: 0.96 ** 16 = 52%, with 5%: 44%."""
+    for desirable, undesirable, rows in ((50, 50, 2), (5, 95, 16), (95, 5, 16)):
+        refuse_one_sided_steps(desirable, undesirable, rows)
+    for desirable, undesirable, rows in ((50, 50, 1), (4, 96, 16), (96, 4, 16)):
+        with pytest.raises(UserError, match=rf"kto: with {rows} rows per optimiser step, and {desirable}\.0%"):
+            refuse_one_sided_steps(desirable, undesirable, rows)
+
+
+def test_a_step_of_one_row_is_refused_by_the_stage(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "work")
+    with pytest.raises(UserError, match="100% of the steps would hold one label only"):
+        run(stage_of(place, "kto", trainer={"max_steps": 2, "per_device_train_batch_size": 1}))
 
 
 def test_labels_of_one_kind_are_refused(tmp_path: Path) -> None:
