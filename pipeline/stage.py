@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -251,7 +252,8 @@ def interrupted_message(name: str) -> str:
 def trainer_callback(stage: Stage, title: str) -> TrainerCallback:
     """A transformers callback that sends the Trainer's logs to the stage's tracker and progress display.
 
-    The Trainer's `eval_x` is written as `eval/x`, like the evaluations of every other stage.
+    The Trainer's `eval_x` is written as `eval/x`, like the evaluations of every other stage. A gradient or
+    held-out loss that is not finite ends the stage with a UserError: the weights are lost from there on.
     """
     from transformers import TrainerCallback
 
@@ -270,11 +272,21 @@ def trainer_callback(stage: Stage, title: str) -> TrainerCallback:
             if numbers and "train_runtime" not in numbers:
                 stage.tracker.log(state.global_step, numbers)
                 self.numbers.update(numbers)
+                _refuse_diverged(numbers, state.global_step, title)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             stage.displays.close()
 
     return TrackerCallback()
+
+
+def _refuse_diverged(numbers: Mapping[str, float], step: int, title: str) -> None:
+    for name in ("grad_norm", "eval/loss"):
+        if not math.isfinite(numbers.get(name, 0.0)):
+            raise UserError(
+                f"{title}: {name} is {numbers[name]} at step {step}: training has diverged.",
+                mend=f"Lower {title}.trainer.learning_rate, or raise {title}.trainer.warmup_steps.",
+            )
 
 
 def print_error(text: str) -> None:

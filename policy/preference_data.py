@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from pipeline.artifacts import write_json
+from pipeline.errors import UserError
 from policy.answers import AnswerBatch, Group, answer_logprobs, collate_answers
 from policy.losses.kto import mismatched
 from reward_model.score import token_batches
@@ -163,7 +166,10 @@ def reference_sums(
 def cached_sums(
     folder: Path, key: Any, rows: Sequence[Row], compute: Callable[[], list[float]]
 ) -> tuple[list[float], bool]:
-    """What `compute` gives, kept in `folder` under the hash of `key` and the rows' tokens; True where it was there."""
+    """What `compute` gives, kept in `folder` under the hash of `key` and the rows' tokens; True where it was there.
+
+    Raises UserError where a sum is not finite.
+    """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
     for row in rows:
         for group in row.groups:
@@ -172,8 +178,13 @@ def cached_sums(
     if file.exists():
         return json.loads(file.read_text()), True
     sums = compute()
+    if not all(map(math.isfinite, sums)):
+        raise UserError(
+            "the reference gives log-probabilities that are not finite.",
+            mend="Train it anew, or name another one: its weights hold no usable numbers.",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(sums))
+    write_json(partial, sums)
     os.replace(partial, file)
     return sums, False

@@ -209,3 +209,11 @@ def test_a_row_that_the_model_has_no_positions_for_is_refused(tmp_path: Path) ->
     config.write_text(json.dumps(values | {"max_position_embeddings": 9}))
     with pytest.raises(UserError, match=r"dpo: the longest prompt and answer take 1\d tokens, and the model reads 9 "):
         run(stage_of(place, "dpo"))
+
+
+def test_training_that_diverges_ends_with_the_step_and_the_mend(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "work")
+    trainer = {"learning_rate": 1e30, "max_steps": 6, "logging_steps": 1, "warmup_steps": 0}
+    with pytest.raises(UserError, match=r"dpo: grad_norm is (nan|inf) at step [23]: .* diverged") as raised:
+        run(stage_of(place, "dpo", trainer=trainer))
+    assert "dpo.trainer.learning_rate" in raised.value.mend

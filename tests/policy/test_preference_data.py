@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_a_reference_is_computed_once_for_the_same_model_and_data(tmp_path: Path
     assert not cached_sums(tmp_path / "c", ["other model"], rows, compute)[1]
     assert not cached_sums(tmp_path / "c", ["model"], rows[::-1], compute)[1]
     assert len(list((tmp_path / "c").iterdir())) == 3
+
+
+def test_a_reference_without_usable_numbers_is_refused_and_not_kept(tmp_path: Path) -> None:
+    rows = [Row(Group([1], [[2]]))]
+    with pytest.raises(UserError, match="not finite"):
+        cached_sums(tmp_path / "c", ["model"], rows, lambda: [math.nan])
+    assert cached_sums(tmp_path / "c", ["model"], rows, lambda: [-1.0]) == ([-1.0], False)
 
 
 def test_contrast_examples_show_the_worse_answer_but_for_a_share() -> None:

@@ -221,6 +221,13 @@ def test_a_killed_run_completes_as_an_uninterrupted_one(policy: Path, tmp_path: 
     assert _losses(done) == _losses(expected)
 
 
+def test_training_that_diverges_ends_with_the_step_and_the_mend(policy: Path, tmp_path: Path) -> None:
+    recipe = _recipe(policy, tmp_path, learning_rate=1e30, max_steps=4, logging_steps=1)
+    with pytest.raises(UserError, match=r"sft: grad_norm is (nan|inf) at step [23]: .* diverged") as raised:
+        _run(recipe, policy, tmp_path)
+    assert "sft.trainer.learning_rate" in raised.value.mend
+
+
 def _start(out: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
