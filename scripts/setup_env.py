@@ -264,9 +264,10 @@ def half_installed(site_packages: Path) -> list[Path]:
 
 
 def install(shell: Shell, device: Device, extras: tuple[str, ...], upgrade: bool) -> None:
-    """One uv resolution for the project and everything it needs."""
+    """One uv resolution for the project and everything it needs, compiled once: where Python may not write bytecode
+    (PYTHONDONTWRITEBYTECODE, a read-only environment) every stage would spend 10 CPU seconds on compiling torch."""
     unfinished = shell.root / ".venv" / UNFINISHED
-    command = [shell.uv, "pip", "install", "--python", shell.python]
+    command = [shell.uv, "pip", "install", "--compile-bytecode", "--python", shell.python]
     command += ["--upgrade"] if upgrade else constraint(shell.root, device.kind)
     if device.kind == "cpu":
         command += ["--override", "overrides.txt", *torch_flags(shell)]
