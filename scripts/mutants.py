@@ -30,8 +30,9 @@ import torch
 from scripts.mutants_direct import DIRECT
 from scripts.mutants_list import MUTANTS as LISTED
 from scripts.mutants_list import Mutant
+from scripts.mutants_stats import STATS
 
-MUTANTS = LISTED + DIRECT
+MUTANTS = LISTED + DIRECT + STATS
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "policy", "reward_model", "rollout", "tests")
 FIXTURES = "tests.policy.conftest"
