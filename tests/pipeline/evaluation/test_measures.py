@@ -17,6 +17,7 @@ from pipeline.evaluation.measures import (
     paired_bootstrap,
     prompt_means,
     repetition,
+    self_bleu,
     wilson_interval,
 )
 
@@ -160,3 +161,29 @@ def test_length_stats_by_hand() -> None:
     assert stats.p95 == pytest.approx(8.95)
     with pytest.raises(ValueError, match="no lengths"):
         length_stats([])
+
+
+def test_self_bleu_by_hand() -> None:
+    """Against "a b c d": 3 of 4 words, "a b" and "b c" of 3, "a b c" of 2 are right, no four of 1, smoothed to 1/2.
+
+    Orders go up to a text's own length: of one word it is BLEU-1, with the penalty exp(1 - 4) for the closest length.
+    """
+    one = 100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25
+    assert self_bleu(["a b c d", "a b c e"]) == pytest.approx(one, rel=1e-12)
+    assert self_bleu(["a b c d", "a b c d"]) == pytest.approx(100.0)
+    assert self_bleu(["a b", "c d"]) == 0.0
+    back = 100 * math.exp(math.fsum(map(math.log, (1 / 4, 1 / 6, 1 / 8, 1 / 8))) / 4)
+    assert self_bleu(["a", "a b c d"]) == pytest.approx((100 * math.exp(1 - 4) + back) / 2)
+    assert self_bleu(["", "a b"]) == 0.0
+    with pytest.raises(ValueError, match="there are 1 in all"):
+        self_bleu(["alone"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "c", "it's", "end."]), max_size=9), min_size=2, max_size=9))
+def test_self_bleu_is_sacrebleus_sentence_level(words: list[list[str]]) -> None:
+    from sacrebleu import sentence_bleu
+
+    texts = [" ".join(each) for each in words]
+    scores = [sentence_bleu(text, texts[:place] + texts[place + 1 :]).score for place, text in enumerate(texts)]
+    assert self_bleu(texts) == pytest.approx(sum(scores) / len(scores), abs=1e-9)
