@@ -125,9 +125,8 @@ def load_prompts(data: DataSection) -> Split[Prompt]:
     `data.preferences` trains on are left out and counted. Raises UserError as `load_sft`, and when
     no held-out prompt remains.
     """
-    kinds = {"prompts": data.prompts, "preferences": data.preferences, "sft": data.sft}
-    kind = next((kind for kind, source in kinds.items() if source is not None), "sft")
-    split = load_records(kind, kinds[kind], data)
+    kind, source = prompts_source(data)
+    split = load_records(kind, source, data)
     train, held_out = _prompts(split.train), _prompts(split.eval)
     if not train or not held_out:
         raise UserError(
@@ -146,6 +145,12 @@ def load_prompts(data: DataSection) -> Split[Prompt]:
     held_out = unseen
     sizes = {"train": len(train), "eval": len(held_out), "counts": counts}
     return Split(train, held_out, {**split.report, **sizes})
+
+
+def prompts_source(data: DataSection) -> tuple[str, str | DataSource | None]:
+    """Which of `prompts`, `preferences` and `sft` gives the prompts: the first that is set; and that source."""
+    kinds = {"prompts": data.prompts, "preferences": data.preferences, "sft": data.sft}
+    return next(((kind, source) for kind, source in kinds.items() if source is not None), ("sft", None))
 
 
 def source_fingerprint(source: str | DataSource) -> dict[str, Any]:

@@ -81,6 +81,16 @@ STAGES: dict[str, StageSpec] = {
         ("model", "data", "rollout", "eval"),
         ("prompts",),
     ),
+    "evaluate": StageSpec(
+        "policy.evaluate",
+        {
+            "policy": Input("evaluate.policy", "ppo", POLICIES),
+            "reference": Input("evaluate.reference", "sft", POLICIES),
+            "reward_model": Input("eval.reward_model", None, ("rm",)),
+        },
+        ("model", "data", "rollout", "eval", "ppo"),
+        ("sft", "preferences", "prompts"),
+    ),
 }
 ORDER = ("sft", "rm", "ppo")
 NOT_DECISIVE = {
@@ -99,6 +109,7 @@ NOT_DECISIVE = {
     },
     **{name: {"policy", "reference"} for name in DIRECT},
     "rollout": {"kv_cache_gib", "gpu_memory_utilization", "logprob_tolerance"},
+    "eval": {"reward_model"},
 }
 """Keys outside the fingerprint: paths, for which the contents they lead to stand in, and what no result depends on."""
 NOT_DECISIVE_TRAINER = ("save_", "logging_")
@@ -114,21 +125,34 @@ def run_directory(recipe: Recipe) -> Path:
 
 
 def stage_inputs(recipe: Recipe, name: str) -> dict[str, Input]:
-    """The inputs of stage `name` by role: those of the table; for PPO, the models that its recipe names."""
+    """The inputs of stage `name` by role: those of the table; of the models of `ppo.rewards`, those that it names."""
     inputs = dict(STAGES[name].inputs)
     if name in (section for section, _ in references(recipe)):
         inputs["reference"] = Input(f"{name}.reference", None, POLICIES)
-    if name != "ppo":
+    if name not in ("ppo", "evaluate"):
         return inputs
-    models = {source: entry.model for source, entry in recipe.ppo.rewards.items() if entry.model}
-    if TRAINED not in models.values():
+    with_score = name == "ppo" or recipe.with_score
+    if not (with_score and recipe.ppo.with_trained_model):
         del inputs["reward_model"]
-    for source, model in models.items():
-        if model != TRAINED:
-            inputs[f"rewards.{source}"] = Input(f"ppo.rewards.{source}.model", None, ("rm",))
-    if recipe.ppo.critic not in CRITIC_STARTS:
+    if with_score:
+        inputs |= _named_models(recipe)
+    if name == "ppo" and recipe.ppo.critic not in CRITIC_STARTS:
         inputs["critic"] = Input("ppo.critic", None, ("model", "rm"))
     return inputs
+
+
+def _named_models(recipe: Recipe) -> dict[str, Input]:
+    """The reward models that `ppo.rewards` names by their path."""
+    named = [name for name, source in recipe.ppo.rewards.items() if source.model not in (None, TRAINED)]
+    return {f"rewards.{name}": Input(f"ppo.rewards.{name}.model", None, ("rm",)) for name in named}
+
+
+def sections(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """The recipe sections that decide the result of stage `name`."""
+    of_stage = STAGES[name].sections
+    if name == "evaluate" and not recipe.with_score:
+        return tuple(section for section in of_stage if section != "ppo")
+    return of_stage
 
 
 def references(recipe: Recipe) -> list[tuple[str, str]]:
@@ -159,7 +183,7 @@ def sources(recipe: Recipe, name: str) -> dict[str, str | DataSource]:
     """The data sources that stage `name` reads; sft falls back to preferences, prompts to these, then to sft.
 
     PPO reads the demonstrations too where `ppo.ptx_coef` weighs the loss on them; IFT reads them alone where there are
-    no preferences.
+    no preferences; `evaluate` reads what there is.
     """
     data = recipe.data
     prompts = data.prompts or data.preferences or data.sft
@@ -169,6 +193,9 @@ def sources(recipe: Recipe, name: str) -> dict[str, str | DataSource]:
     keys = (*STAGES[name].data, "sft") if with_sft else STAGES[name].data
     if name == "ift" and data.preferences is None:
         keys = ("sft", "prompts")
+    if name == "evaluate":
+        given = {"sft": data.sft, "preferences": data.preferences}
+        keys = (*(key for key, source in given.items() if source is not None), "prompts")
     for key in keys:
         source = fallback[key]
         if source is None:
@@ -183,8 +210,10 @@ def named_files(recipe: Recipe, name: str) -> list[str]:
     They are the chat template, the arguments of judges and reward functions, and the reward functions' source files.
     """
     named = [recipe.model.chat_template] if recipe.model.chat_template else []
-    called = list(recipe.eval.judges.values()) if "eval" in STAGES[name].sections else []
-    if "ppo" in STAGES[name].sections:
+    read = sections(recipe, name)
+    with_judges = "eval" in read
+    called = [judge for judge in recipe.eval.judges.values() if judge.function and with_judges]
+    if "ppo" in read:
         functions = [source for source in recipe.ppo.rewards.values() if source.function]
         named += [_source_file(source.function or "") for source in functions]
         called += functions
@@ -209,13 +238,12 @@ def fingerprint(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> dict[st
 
     Models and data count by their contents, not by where they lie.
     """
-    spec = STAGES[name]
     dumped = recipe.model_dump(mode="json")
     data = {key: source_fingerprint(locate(source, f"data.{key}")) for key, source in sources(recipe, name).items()}
     content = {
         "stage": name,
         "seed": recipe.seed,
-        "sections": {section: _decisive(name, section, dumped[section]) for section in spec.sections},
+        "sections": {section: _decisive(name, section, dumped[section]) for section in sections(recipe, name)},
         "inputs": {role: identity(path) for role, path in inputs.items()},
         "data": {key: {k: v for k, v in entry.items() if k != "path"} for key, entry in data.items()},
         "files": {path: sha256_file(Path(path)) for path in named_files(recipe, name) if _is_file(path)},
@@ -232,6 +260,13 @@ def _decisive(stage: str, section: str, values: Mapping[str, Any]) -> dict[str, 
     if section == "ppo":
         kept["critic"] = kept["critic"] if kept["critic"] in CRITIC_STARTS else "a directory"
         kept["rewards"] = {name: {**source, "model": None} for name, source in kept["rewards"].items()}
+        kept = {"rewards": kept["rewards"]} if stage == "evaluate" else kept
+    if section == "eval":
+        kept["judges"] = {
+            name: {"function": judge["function"], "kwargs": judge["kwargs"]}
+            for name, judge in kept["judges"].items()
+            if judge["function"] is not None
+        }
     if "trainer" in kept:
         kept["trainer"] = {k: v for k, v in kept["trainer"].items() if not k.startswith(NOT_DECISIVE_TRAINER)}
     return kept

@@ -21,6 +21,7 @@ import torch
 from pipeline.adapters import add_adapter
 from pipeline.artifacts import identity, read_manifest
 from pipeline.checkpoints import final_evaluation, newest_complete_checkpoint
+from pipeline.counts import models_in_memory, training_counts
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.recipe_direct import DirectSection
@@ -32,7 +33,7 @@ from policy.losses import METHODS
 from policy.models import POLICY, check_projection, disable_dropout, load_policy, save_policy
 from policy.objectives import make_objective
 from policy.preference_data import Row, RowCollator, Rows, cached_sums, reference_sums, with_reference
-from policy.preference_eval import Asked, ShowSamples, asked, evaluate
+from policy.preference_eval import Asked, Judged, ShowSamples, asked, evaluate
 from policy.preference_rows import MethodData, contrast_template, load_rows
 from rollout.engine import context_length
 
@@ -94,6 +95,11 @@ class Direct:
         return self.stage.name
 
     @property
+    def judged(self) -> Judged:
+        """What the policy's evaluations share."""
+        return Judged(self.stage, self.start, self.own, adapted=self.section.lora)
+
+    @property
     def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
         """The precision of forwards outside the Trainer."""
         bf16 = self.stage.recipe.model.dtype == "bfloat16"
@@ -106,7 +112,7 @@ def run(stage: Stage) -> dict[str, Any]:
     trained = train(direct, with_reference_sums(direct))
     gc.collect()  # the optimiser's memory, before the engine asks for its own
     save(direct)
-    return {**trained, **evaluate(stage, direct.model, direct.start, direct.own, adapted=direct.section.lora)}
+    return {**trained, **evaluate(direct.judged, trained["steps"], direct.model)}
 
 
 def set_up(stage: Stage) -> Direct:
@@ -228,7 +234,7 @@ def with_reference_sums(direct: Direct) -> tuple[list[Row], list[Row]]:
 def train(direct: Direct, rows: tuple[Sequence[Row], Sequence[Row]]) -> dict[str, Any]:
     """Trains from the newest complete checkpoint; returns steps, training loss and the last held-out figures."""
     stage = direct.stage
-    shown = ShowSamples(stage, direct.own, adapted=direct.section.lora)
+    shown = ShowSamples(direct.judged)
     trainer = make_trainer(direct, training_arguments(stage), rows, [trainer_callback(stage, direct.name), shown])
     checkpoint = newest_complete_checkpoint(stage.state)
     if checkpoint is not None:
@@ -238,7 +244,20 @@ def train(direct: Direct, rows: tuple[Sequence[Row], Sequence[Row]]) -> dict[str
         figures = held_out_figures(trainer)
     said = {title: figures.get(f"eval/{key}") for title, key in SAID.items()}
     stage.say("held out: " + ", ".join(f"{title} {v:.4g}" for title, v in said.items() if v is not None))
-    return {"steps": output.global_step, "train_loss": output.training_loss, **figures}
+    stage.record(models_in_memory=_models(direct))
+    return {
+        "steps": output.global_step,
+        "train_loss": output.training_loss,
+        **training_counts(trainer),
+        **figures,
+    }
+
+
+def _models(direct: Direct) -> dict[str, list[str]]:
+    """The reference is the start's weights: loaded beside the policy for the KL to it, unless an adapter is trained."""
+    training = ["base", "policy adapter"] if direct.section.lora else ["policy"]
+    beside = not direct.section.lora or "reference" in direct.stage.inputs
+    return models_in_memory(training, peak=[*training, "reference"] if beside else ())
 
 
 def held_out_figures(trainer: PreferenceTrainer) -> dict[str, float]:

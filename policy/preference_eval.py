@@ -1,10 +1,14 @@
-"""What a direct method writes beside the model: samples while it trains, and the comparison with its start."""
+"""What a direct method writes beside the model: samples and reports on the way, and the comparison with its start.
+
+Reports lie where PPO's do: `evaluation/update_<n>.json` after n optimiser steps, that of the start under 0.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +19,17 @@ from transformers import PreTrainedModel, TrainerCallback
 from pipeline.adapters import merged_weights, using
 from pipeline.data import load_prompts
 from pipeline.errors import UserError
-from pipeline.evaluation.judges import load_judges
-from pipeline.evaluation.policy_eval import SampledResponses, measure, sample_responses
+from pipeline.evaluation.judges import JudgeFunction, load_judges
+from pipeline.evaluation.policy_eval import PolicyReport, SampledResponses, measure, sample_responses
+from pipeline.evaluation.saved import save_report
 from pipeline.evaluation.summary import summarise
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts
-from policy.answers import Group
+from policy.likelihoods import sample_sums
 from policy.models import POLICY, load_policy, save_model
-from policy.ppo.held_out import report_metrics, save_report
-from policy.preference_data import Row, reference_sums
+from policy.ppo.held_out import report_metrics
 from rollout.engine import EngineKind, RolloutEngine
 from rollout.open import open_engine
-
-
-def weights_of(model: PreTrainedModel, *, adapted: bool) -> Iterable[tuple[str, Tensor]]:
-    """The policy's weights by name, as a rollout engine loads them."""
-    return merged_weights(model, POLICY) if adapted else model.state_dict().items()
 
 
 @dataclass(frozen=True)
@@ -50,30 +49,105 @@ def asked(stage: Stage, encoder: Encoder) -> Asked:
     return Asked(encoder, encoded[: stage.recipe.eval.prompts])
 
 
-class ShowSamples(TrainerCallback):
-    """Writes the policy's responses to a few fixed prompts at every evaluation of the Trainer."""
+@dataclass(frozen=True)
+class Judged:
+    """What all evaluations of a run share.
 
-    def __init__(self, stage: Stage, own: Asked, *, adapted: bool) -> None:
-        self.stage, self.encoder, self.adapted = stage, own.encoder, adapted
-        self.prompts = own.prompts[: stage.recipe.eval.shown_samples]
+    Attributes:
+        start, own: the policy's start and the trained policy with their prompts, which differ under contrast SFT.
+        adapted: the policy is an adapter over its start.
+    """
+
+    stage: Stage
+    start: Asked
+    own: Asked
+    adapted: bool
+
+    @cached_property
+    def judges(self) -> dict[str, JudgeFunction]:
+        """Those of the recipe that score a response by itself."""
+        return load_judges(self.stage.recipe.eval)
+
+    def weights(self, model: PreTrainedModel) -> Iterable[tuple[str, Tensor]]:
+        """The policy's weights by name, as a rollout engine loads them."""
+        return merged_weights(model, POLICY) if self.adapted else model.state_dict().items()
+
+    def sample(self, engine: RolloutEngine, prompts: Sequence[EncodedPrompt], count: int) -> SampledResponses:
+        """`count` samples of each prompt; the same seeds every time."""
+        recipe = self.stage.recipe
+        return sample_responses(
+            engine,
+            prompts,
+            max_new_tokens=recipe.data.max_response_tokens,
+            temperature=recipe.rollout.temperature,
+            samples_per_prompt=count,
+            seed=recipe.seed,
+        )
+
+    def report(self, samples: SampledResponses, model: PreTrainedModel) -> PolicyReport:
+        """The measures of the trained policy's samples, with the KL to its start."""
+        kl, seed = self._kl(samples, model), self.stage.recipe.seed
+        return measure(samples, self.own.encoder, self.judges, scores=None, kl_per_sequence=kl, seed=seed)
+
+    def report_of_start(self, samples: SampledResponses) -> PolicyReport:
+        """The measures of the start's samples, whose KL to itself is 0."""
+        kl, seed = torch.zeros(len(samples.flat)), self.stage.recipe.seed
+        return measure(samples, self.start.encoder, self.judges, scores=None, kl_per_sequence=kl, seed=seed)
+
+    def _kl(self, samples: SampledResponses, model: PreTrainedModel) -> Tensor:
+        """k1 of every response [prompts * samples]: sum_t(log p - log p_start), nats, each with its own prompt.
+
+        The start is loaded for it and given back, unless it is what an adapter stands on.
+        """
+        policy = self._sums(model, samples, self.own)
+        if self.adapted:
+            with using(model, None):
+                return policy - self._sums(model, samples, self.start)
+        reference = load_policy(self.stage.inputs["policy"].path, "float32", model.device).eval()
+        return policy - self._sums(reference, samples, self.start)
+
+    def _sums(self, model: PreTrainedModel, samples: SampledResponses, by: Asked) -> Tensor:
+        prompts = [prompt.ids for prompt in by.prompts[: len(samples.prompts)]]
+        temperature = self.stage.recipe.rollout.temperature
+        return sample_sums(model, samples, prompts, by.encoder.pad_token_id, temperature).logprobs
+
+
+class ShowSamples(TrainerCallback):
+    """Keeps the policy's responses to a few fixed prompts at every evaluation of the Trainer.
+
+    Where the recipe has judges they judge one response to each held-out prompt, for a curve of judges over the KL. The
+    last evaluation is left to `evaluate`, which takes more samples.
+    """
+
+    def __init__(self, judged: Judged) -> None:
+        self.judged, self.stage = judged, judged.stage
+        self.shown = self.stage.recipe.eval.shown_samples
+        self.with_judges = bool(judged.judges)
         self.engine: RolloutEngine | None = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Samples with the transformers engine, which starts at once."""
+        judged, encoder = self.judged, self.judged.own.encoder
         if self.engine is None:
-            self.engine = _engine(self.stage, model, self.encoder, kind="transformers")
-        self.engine.load_weights(weights_of(model, adapted=self.adapted))
-        samples = _sample(self.stage, self.engine, self.prompts, samples_per_prompt=1)
+            self.engine = _engine(self.stage, model, encoder, kind="transformers")
+        self.engine.load_weights(judged.weights(model))
+        with_report = self.with_judges and state.global_step < state.max_steps
+        prompts = judged.own.prompts if with_report else judged.own.prompts[: self.shown]
+        samples = judged.sample(self.engine, prompts, 1)
         rows = [
             {
-                "prompt": self.encoder.prompt_text(prompt),
-                "response": self.encoder.decode(completion.token_ids),
+                "prompt": encoder.prompt_text(prompt),
+                "response": encoder.decode(completion.token_ids),
                 "finished": completion.finished,
                 "tokens": len(completion.token_ids),
             }
-            for prompt, _, completion in samples.flat
+            for prompt, _, completion in samples.flat[: self.shown]
         ]
         self.stage.tracker.samples(state.global_step, rows)
+        if with_report:
+            report = judged.report(samples, model)
+            save_report(self.stage.out, state.global_step, report)
+            self.stage.tracker.log(state.global_step, report_metrics(report))
 
     def close(self) -> None:
         """Gives the engine's copy of the policy back."""
@@ -82,26 +156,23 @@ class ShowSamples(TrainerCallback):
             self.engine = None
 
 
-def evaluate(stage: Stage, model: PreTrainedModel, start: Asked, own: Asked, *, adapted: bool) -> dict[str, Any]:
+def evaluate(judged: Judged, step: int, model: PreTrainedModel) -> dict[str, Any]:
     """Judges the start and the trained policy on the same prompts with the same seeds; writes and prints the summary.
 
-    Returns the final metrics, under the names of every other stage.
+    `step` is the number of optimiser steps taken. Returns the final metrics, under the names of every other stage.
     """
-    recipe = stage.recipe
-    judges = load_judges(recipe.eval)
+    stage, recipe = judged.stage, judged.stage.recipe
     model.eval()
-    with closing(_engine(stage, model, start.encoder)) as engine:
+    with closing(_engine(stage, model, judged.start.encoder)) as engine:
         count = recipe.eval.samples_per_prompt
-        before = _sample(stage, engine, start.prompts, samples_per_prompt=count)
-        engine.load_weights(weights_of(model, adapted=adapted))
-        after = _sample(stage, engine, own.prompts, samples_per_prompt=count)
-    gap = _kl(stage, model, after, start, adapted=adapted)
+        before = judged.sample(engine, judged.start.prompts, count)
+        engine.load_weights(judged.weights(model))
+        after = judged.sample(engine, judged.own.prompts, count)
     stage.record(engine={"name": engine.name, "version": engine.version})
-    none = torch.zeros_like(gap)
-    untrained = measure(before, start.encoder, judges, scores=None, kl_per_sequence=none, seed=recipe.seed)
-    trained = measure(after, own.encoder, judges, scores=None, kl_per_sequence=gap, seed=recipe.seed)
-    for place, report in enumerate((untrained, trained)):
-        save_report(stage.out, place, report)
+    untrained, trained = judged.report_of_start(before), judged.report(after, model)
+    save_report(stage.out, 0, untrained)
+    save_report(stage.out, step, trained)
+    stage.tracker.log(step, report_metrics(trained))
     names = (stage.inputs["policy"].kind.upper(), stage.name.upper())
     summary = summarise(untrained, trained, names=names, shown=recipe.eval.shown_samples, seed=recipe.seed)
     stage.console.print(summary)
@@ -120,37 +191,3 @@ def _engine(stage: Stage, model: PreTrainedModel, encoder: Encoder, kind: Engine
         path = stage.state / "engine"
         save_model(model, encoder.tokenizer, path)
     return open_engine(stage.recipe, path, stage.say, kind=kind)
-
-
-def _sample(
-    stage: Stage, engine: RolloutEngine, prompts: Sequence[EncodedPrompt], *, samples_per_prompt: int
-) -> SampledResponses:
-    recipe = stage.recipe
-    return sample_responses(
-        engine,
-        prompts,
-        max_new_tokens=recipe.data.max_response_tokens,
-        temperature=recipe.rollout.temperature,
-        samples_per_prompt=samples_per_prompt,
-        seed=recipe.seed,
-    )
-
-
-def _kl(stage: Stage, model: PreTrainedModel, samples: SampledResponses, start: Asked, *, adapted: bool) -> Tensor:
-    """k1 of every response [prompts * samples]: sum_t(log p - log p_start), nats, each with its own prompt."""
-    pad_id, count = start.encoder.pad_token_id, stage.recipe.eval.samples_per_prompt
-    own = [Group(ids, [completion.token_ids]) for _, ids, completion in samples.flat]
-    policy = answer_sums(model, own, pad_id)
-    answers = [completion.token_ids for _, _, completion in samples.flat]
-    groups = [Group(start.prompts[place // count].ids, [answer]) for place, answer in enumerate(answers)]
-    if adapted:
-        with using(model, None):
-            return policy - answer_sums(model, groups, pad_id)
-    reference = load_policy(stage.inputs["policy"].path, "float32", model.device).eval()
-    return policy - answer_sums(reference, groups, pad_id)
-
-
-def answer_sums(model: PreTrainedModel, groups: Sequence[Group], pad_id: int) -> Tensor:
-    """sum log p of every answer of the groups under `model`, nats, in their order."""
-    rows = [Row(group) for group in groups]
-    return torch.tensor(reference_sums(rows, model, pad_id, shared=False, autocast=nullcontext))

@@ -11,6 +11,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from pipeline.counts import count_tokens
 from policy.objectives import Objective, Sizes, Step
 from reward_model.data import LengthGroupedSampler
 
@@ -78,6 +79,14 @@ class PreferenceTrainer(Trainer):
         for name, values in metrics.items():
             self._count(mode, name, values.double().sum(), len(values))
         return (loss, metrics) if return_outputs else loss
+
+    def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
+        """Counts the tokens that get a gradient through the model, padding left out.
+
+        A prompt counts once for each row that it stands in: once for all its answers where they share a row. Forwards
+        without a gradient do not count: KTO's answers to other prompts, IFT's first pass, the reference's sums.
+        """
+        count_tokens(self, (inputs["segments"] >= 0).sum())
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

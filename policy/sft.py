@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoints import final_evaluation, newest_complete_checkpoint
+from pipeline.counts import models_in_memory, training_counts
 from pipeline.data import Split
 from pipeline.errors import UserError
 from pipeline.evaluation.policy_eval import sample_seed
@@ -66,7 +67,9 @@ def run(stage: Stage) -> dict[str, Any]:
         "train_loss": result.training_loss,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
+        **training_counts(trainer),
     }
+    stage.record(models_in_memory=models_in_memory(["policy"]))
     stage.say(f"validation loss {loss:.4f} nats/token (perplexity {math.exp(loss):.1f})")
     prompts = shown_prompts(split.eval, recipe.eval.shown_samples)
     _show_generations(stage, trainer.state.global_step, prompts, encoder)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
+
+from pipeline.counts import count_tokens
 
 
 class TokenMeanTrainer(SFTTrainer):
@@ -30,6 +33,11 @@ class TokenMeanTrainer(SFTTrainer):
             self._eval_sum += float(loss) * tokens
             self._eval_tokens += tokens
         return result
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Counts prompts and responses without padding; packed rows, which come without a mask, have none."""
+        mask: Tensor = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"])
+        count_tokens(self, mask.sum())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The library's log with `eval_loss` replaced by the token mean."""

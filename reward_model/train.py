@@ -15,6 +15,7 @@ import torch
 from pipeline.adapters import add_adapter, save_merged
 from pipeline.artifacts import Artifact
 from pipeline.checkpoints import newest_complete_checkpoint
+from pipeline.counts import models_in_memory, training_counts
 from pipeline.data import load_rankings
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -156,7 +157,11 @@ def train(stage: Stage, tokenizer: PreTrainedTokenizerBase, data: RankingData) -
         if stage.recipe.model.dtype != "float32":
             load_reward_model(stage.out, DTYPES[stage.recipe.model.dtype], "cpu").save_pretrained(stage.out)
     trainer.accelerator.wait_for_everyone()
-    return {"steps": output.global_step, "train_loss": output.training_loss}, is_main
+    stage.record(
+        models_in_memory=models_in_memory(["base", "reward adapter"] if stage.recipe.rm.lora else ["reward model"])
+    )
+    metrics = {"steps": output.global_step, "train_loss": output.training_loss, **training_counts(trainer)}
+    return metrics, is_main
 
 
 def initial_reward_model(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from pipeline.counts import count_tokens
 from reward_model.data import LengthGroupedSampler
 from reward_model.losses import plackett_luce_loss, ranking_loss
 
@@ -108,6 +109,10 @@ class RankingTrainer(Trainer):
         mode = "train" if model.training else "eval"
         self._totals[mode] += torch.stack([value.double() for value in sums])
         return (loss, outputs) if return_outputs else loss
+
+    def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
+        """Counts every answer with its prompt, one row each, without padding."""
+        count_tokens(self, inputs["attention_mask"].sum())
 
     def prediction_step(
         self,

@@ -13,7 +13,6 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,20 +20,14 @@ import numpy as np
 from rich.console import Console
 
 from pipeline.artifacts import read_manifest, write_json, write_text
-from pipeline.data import load_rankings
 from pipeline.errors import UserError
 from pipeline.evaluation.measures import Estimate
 from pipeline.evaluation.policy_eval import PolicyReport
+from pipeline.evaluation.saved import load_reports
 from pipeline.recipe import Recipe
 from pipeline.recipe_direct import DIRECT
 from pipeline.stage import EXIT_USER_ERROR, print_error
-from pipeline.tokens import Encoder, encode_rankings, load_tokenizer
-from policy.answers import Group
-from policy.models import load_policy
-from policy.ppo.held_out import load_report
-from policy.preference_data import Row, reference_sums
-from reward_model.data import ordered_pairs
-from reward_model.evaluate import spearman
+from policy.likelihoods import Likelihoods, likelihoods
 from scripts.learn_ppo import Experiment, split_words
 from scripts.learn_ppo_report import Grid
 from scripts.learn_ppo_stats import hierarchical_bootstrap, over_seeds, per_prompt
@@ -44,23 +37,6 @@ SUMS = "simpo without length normalisation"
 QUICK = ("--eval.prompts", "8")
 """Of a try of the experiment itself, with 4 steps per run."""
 QUICK_STEPS = 4
-
-
-@dataclass(frozen=True)
-class Likelihoods:
-    """Held-out answers under a policy and its start.
-
-    Attributes:
-        spearman: rank correlation of mean log-probability and length over all answers.
-        ranking_accuracy: pairs whose better answer has the higher mean log-probability.
-        reward_accuracy: pairs whose better answer has the higher sum of log(policy / start), DPO's implicit reward.
-        agreement: pairs that both order alike.
-    """
-
-    spearman: float
-    ranking_accuracy: float
-    reward_accuracy: float
-    agreement: float
 
 
 @dataclass(frozen=True)
@@ -108,33 +84,8 @@ def run(experiment: Experiment, methods: Sequence[str], gammas: Sequence[float],
 
 def _arm(recipe: Recipe, made: Path, start: Path) -> Arm:
     metrics = {key: value for key, value in read_manifest(made)["metrics"].items() if isinstance(value, float)}
-    return Arm(load_report(made, 0), load_report(made, 1), metrics, likelihoods(recipe, made, start))
-
-
-def likelihoods(recipe: Recipe, policy: Path, start: Path) -> Likelihoods:
-    """`Likelihoods` of the held-out rankings of `data.preferences`."""
-    tokenizer = load_tokenizer(str(policy), recipe.model)
-    encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
-    rankings, _ = encode_rankings(load_rankings(recipe.data).eval, encoder, recipe.data)
-    rows = [Row(Group(ranking.prompt_ids, ranking.response_ids)) for ranking in rankings]
-    sums = [
-        np.array(reference_sums(rows, model, encoder.pad_token_id, shared=False, autocast=nullcontext))
-        for model in (load_policy(str(path), "float32").eval() for path in (policy, start))
-    ]
-    tokens = np.array([len(answer) for ranking in rankings for answer in ranking.response_ids])
-    means, rewards = sums[0] / tokens, sums[0] - sums[1]
-    pairs, first = [], 0
-    for ranking in rankings:
-        pairs += [(first + better, first + worse) for better, worse in ordered_pairs(ranking.ranks)]
-        first += len(ranking.ranks)
-    better, worse = np.array(pairs).T
-    by_mean, by_reward = means[better] > means[worse], rewards[better] > rewards[worse]
-    return Likelihoods(
-        spearman=spearman(means, tokens.astype(float)),
-        ranking_accuracy=float(by_mean.mean()),
-        reward_accuracy=float(by_reward.mean()),
-        agreement=float((by_mean == by_reward).mean()),
-    )
+    reports = load_reports(made)
+    return Arm(reports[0], reports[max(reports)], metrics, likelihoods(recipe, made, start))
 
 
 def write(out: Path, arms: Mapping[str, Sequence[Arm]], commands: Sequence[str]) -> None:

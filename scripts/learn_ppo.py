@@ -26,12 +26,12 @@ from pipeline.data import load_prompts, load_rankings
 from pipeline.errors import UserError
 from pipeline.evaluation.judges import load_judges
 from pipeline.evaluation.policy_eval import PolicyReport, SampledResponses, measure, sample_responses
+from pipeline.evaluation.saved import load_report, load_reports
 from pipeline.load import load_recipe
 from pipeline.recipe import Recipe
 from pipeline.runner import run_stage
 from pipeline.stage import EXIT_USER_ERROR, print_error
 from pipeline.tokens import Encoder, encode_prompts, load_tokenizer
-from policy.ppo.held_out import FOLDER, load_report
 from reward_model.score import load_reward_model, read_normalisation, score_responses
 from rollout.open import open_engine
 from scripts.learn_ppo_report import Arms, LengthRun, Outcome, write
@@ -185,8 +185,7 @@ def _length_run(experiment: Experiment, seed: int) -> LengthRun:
     wrong = ("--rm.init_from", sft, "--data.preferences", str(rankings), "--rm.margin", "0")
     experiment.stage("rm", "length", seed, *wrong)
     ppo = experiment.stage("ppo", "length", seed, "--ppo.policy", sft, *_fixed(BROKEN_KL_COEF))
-    updates = sorted(int(file.stem.rpartition("_")[2]) for file in (ppo / FOLDER).glob("update_*.json"))
-    return LengthRun({update: load_report(ppo, update) for update in updates}, read_manifest(ppo)["health"])
+    return LengthRun(load_reports(ppo), read_manifest(ppo)["health"])
 
 
 def _last(ppo: Path) -> PolicyReport:

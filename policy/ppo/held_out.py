@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.artifacts import write_json
 from pipeline.errors import UserError
 from pipeline.evaluation.judges import JudgeFunction
 from pipeline.evaluation.policy_eval import PolicyReport, SampledResponses, measure, sample_responses
@@ -19,12 +16,13 @@ from pipeline.recipe import Recipe
 from pipeline.records import Prompt
 from pipeline.tokens import EncodedPrompt, Encoder
 from policy.ppo.experience import policy_logprobs, reference_logprobs
+from policy.ppo.rewards import Rewards
 from policy.ppo.roles import Roles
 from rollout.batch import Completion, RolloutBatch
 from rollout.engine import RolloutEngine
 
 SLICE = 256
-FOLDER = "evaluation"
+Sample = tuple[Prompt, list[int], Completion]
 
 
 @dataclass(frozen=True)
@@ -51,20 +49,9 @@ class HeldOut:
             samples_per_prompt=recipe.eval.samples_per_prompt,
             seed=recipe.seed,
         )
-        scores, kl = _scores_and_kl(roles, samples, self.encoder)
+        kl = _kl(roles, samples, self.encoder)
+        scores = reward_scores(roles.rewards, samples, self.encoder, roles.device)
         return measure(samples, self.encoder, self.judges, scores=scores, kl_per_sequence=kl, seed=recipe.seed)
-
-
-def save_report(out: Path, update: int, report: PolicyReport) -> None:
-    """Keeps a report with its samples as `evaluation/update_<n>.json`."""
-    (out / FOLDER).mkdir(exist_ok=True)
-    write_json(out / FOLDER / f"update_{update:06d}.json", {**report.as_dict(), "rows": report.rows})
-
-
-def load_report(out: Path, update: int) -> PolicyReport:
-    """Reads what `save_report` wrote."""
-    text = (out / FOLDER / f"update_{update:06d}.json").read_text(encoding="utf-8")
-    return PolicyReport.from_dict(json.loads(text))
 
 
 def report_metrics(report: PolicyReport) -> dict[str, float]:
@@ -79,27 +66,39 @@ def report_metrics(report: PolicyReport) -> dict[str, float]:
     return numbers
 
 
-def _scores_and_kl(roles: Roles, samples: SampledResponses, encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """Weighted sums of the reward sources and k1 KL sums [prompts * samples]."""
-    flat = samples.flat
-    scores, kl = [], []
-    for start in range(0, len(flat), SLICE):
-        part = flat[start : start + SLICE]
-        batch = RolloutBatch.from_completions(
-            [ids for _, ids, _ in part], [completion for _, _, completion in part], encoder.pad_token_id
-        ).to(roles.device)
-        policy, _ = policy_logprobs(roles, roles.policy, batch, with_entropy=False)
-        reference = reference_logprobs(roles, batch)
-        kl.append((policy - reference).sum(1).cpu())
-        total, each = roles.rewards.scores(batch, [prompt for prompt, _, _ in part])
+def reward_scores(rewards: Rewards, samples: SampledResponses, encoder: Encoder, device: torch.device) -> Tensor:
+    """Weighted sums of the reward sources [prompts * samples].
+
+    Errors:
+        UserError: a score that is not finite, or see `Rewards.scores`.
+    """
+    scores = []
+    for part, batch in _slices(samples, encoder):
+        total, each = rewards.scores(batch.to(device), [prompt for prompt, _, _ in part])
         _refuse_not_finite(each, part, encoder)
         scores.append(total.cpu())
-    return torch.cat(scores), torch.cat(kl)
+    return torch.cat(scores)
 
 
-def _refuse_not_finite(
-    each: Mapping[str, Tensor], part: Sequence[tuple[Prompt, list[int], Completion]], encoder: Encoder
-) -> None:
+def _kl(roles: Roles, samples: SampledResponses, encoder: Encoder) -> Tensor:
+    """k1 KL sums to the reference [prompts * samples]."""
+    kl = []
+    for _, batch in _slices(samples, encoder):
+        on_device = batch.to(roles.device)
+        policy, _ = policy_logprobs(roles, roles.policy, on_device, with_entropy=False)
+        kl.append((policy - reference_logprobs(roles, on_device)).sum(1).cpu())
+    return torch.cat(kl)
+
+
+def _slices(samples: SampledResponses, encoder: Encoder) -> Iterator[tuple[list[Sample], RolloutBatch]]:
+    flat = samples.flat
+    for start in range(0, len(flat), SLICE):
+        part = flat[start : start + SLICE]
+        prompts, completions = [ids for _, ids, _ in part], [completion for _, _, completion in part]
+        yield part, RolloutBatch.from_completions(prompts, completions, encoder.pad_token_id)
+
+
+def _refuse_not_finite(each: Mapping[str, Tensor], part: Sequence[Sample], encoder: Encoder) -> None:
     for name, scores in each.items():
         for row in (~scores.isfinite()).nonzero().flatten().tolist()[:1]:
             prompt, _, completion = part[row]

@@ -50,12 +50,19 @@ class PtxLoss:
 
         The first token of a plain text without a BOS has nothing before it to be predicted from: it is the prompt.
         """
-        examples = [self.examples[row] for row in pass_indices(len(self.examples), self.size, step, self.seed)]
+        examples = self._examples(step)
         starts = [max(1, example.response_start) for example in examples]
         prompts = [example.ids[:start] for example, start in zip(examples, starts, strict=True)]
         responses = [tuple(example.ids[start:]) for example, start in zip(examples, starts, strict=True)]
         completions = [Completion(ids, (0.0,) * len(ids), finished=True) for ids in responses]
         return RolloutBatch.from_completions(prompts, completions, self.pad_id)
+
+    def tokens(self, step: int) -> int:
+        """Of the demonstrations of step number `step`, prompts included."""
+        return sum(len(example.ids) for example in self._examples(step))
+
+    def _examples(self, step: int) -> list[EncodedExample]:
+        return [self.examples[row] for row in pass_indices(len(self.examples), self.size, step, self.seed)]
 
     def backward(self, roles: Roles, step: int) -> Tensor:
         """Adds the gradient of coef * loss to the policy's and returns the loss: -sum log p / n, nats per token.

@@ -27,7 +27,7 @@ from policy.critics import Critic, ValueHead
 from policy.models import POLICY, cast, check_projection, disable_dropout, load_policy, save_model, save_policy
 from policy.ppo.critic import load_critic
 from policy.ppo.ranks import Ranks
-from policy.ppo.rewards import ModelReward, Rewards, load_rewards
+from policy.ppo.rewards import AdapterReward, ModelReward, Rewards, load_rewards
 
 MIB = 1024**2
 
@@ -163,6 +163,18 @@ def memory_by_role(roles: Roles) -> dict[str, dict[str, float]]:
         own = sum(p.numel() * p.element_size() for p in new.values())
         table[role] = {"weights": own / MIB, "training": training / MIB}
     return table
+
+
+def model_names(roles: Roles) -> list[str]:
+    """The models in memory by role; on a shared base, the base and what stands on it."""
+    names = ["base", "policy adapter"] if roles.adapted else ["policy", "reference"]
+    critic = roles.critic
+    on_base = isinstance(critic, ValueHead)
+    names.append("critic" if not on_base else "critic head" if critic.adapter is None else "critic adapter")
+    for name, source in roles.rewards.sources.items():
+        if isinstance(source, ModelReward):
+            names.append(f"reward {name} adapter" if isinstance(source, AdapterReward) else f"reward {name}")
+    return names
 
 
 def _weights_by_role(roles: Roles) -> Mapping[str, Iterable[nn.Parameter]]:

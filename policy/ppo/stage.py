@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,23 +18,26 @@ from typing import Any
 import numpy
 import torch
 
+from pipeline.counts import models_in_memory
 from pipeline.data import load_prompts
 from pipeline.errors import UserError
 from pipeline.evaluation.judges import load_judges
+from pipeline.evaluation.saved import load_report, save_report
 from pipeline.evaluation.summary import summarise
 from pipeline.recipe import Recipe
 from pipeline.records import Prompt
 from pipeline.stage import Stage, stage_main
 from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts, load_tokenizer
+from pipeline.tracking import read_metrics
 from policy.models import save_model
 from policy.ppo.controllers import AdaptiveKLController, FixedKLController, RunningScale
 from policy.ppo.experience import Experience, check_engine, experience_metrics, make_experience
 from policy.ppo.gate import batch_arithmetic
 from policy.ppo.health import Health, Verdict
-from policy.ppo.held_out import HeldOut, load_report, report_metrics, save_report
+from policy.ppo.held_out import HeldOut, report_metrics
 from policy.ppo.order import pass_indices
 from policy.ppo.ptx import PtxLoss, load_ptx
-from policy.ppo.roles import Roles, load_roles, memory_by_role, save_roles
+from policy.ppo.roles import Roles, load_roles, memory_by_role, model_names, save_roles
 from policy.ppo.state import Stateful, load_newest_state, save_state
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
 from rollout.batch import RolloutBatch
@@ -209,6 +212,7 @@ def summarise_update(
         **experience_metrics(experience, training.controller.kl_coef),
         **losses,
         "policy/skipped_steps": float(training.learner.skipped_steps),
+        "rollout/generated_tokens": tokens,
         "rollout/max_logprob_gap": gap[0],
         "rollout/mean_probability_gap": gap[1],
         "lr/policy": float(training.learner.policy_schedule.get_last_lr()[0]),
@@ -286,7 +290,24 @@ def finish(training: Run) -> dict[str, Any]:
     (stage.out / "summary.md").write_text(summary.markdown(), encoding="utf-8")
     stage.say(f"try it: tristage chat {stage.out.with_name(stage.name)}")
     differences = {name: estimate._asdict() for name, estimate in summary.differences.items()}
-    return {"updates": recipe.ppo.updates, "difference": differences, **report_metrics(after)}
+    counts = run_counts(read_metrics(stage.out), training.learner.skipped_steps)
+    return {"updates": recipe.ppo.updates, "difference": differences, **counts, **report_metrics(after)}
+
+
+def run_counts(rows: Sequence[Mapping[str, Any]], skipped_steps: int) -> dict[str, int]:
+    """Of the whole run, resumed or not, from its rows of metrics.jsonl.
+
+    `trained_tokens`: see `ppo_update`. `generated_tokens`: of the responses that were learnt from, EOS included; those
+    of held-out evaluations are not. `optimizer_steps`: of policy and critic together, and in the critic's warm-up of
+    the critic alone; skipped ones are not.
+    """
+    keys = ("policy/trained_tokens", "rollout/generated_tokens", "policy/steps")
+    trained, generated, steps = (sum(int(row[key]) for row in rows if key in row) for key in keys)
+    return {
+        "trained_tokens": trained,
+        "generated_tokens": generated,
+        "optimizer_steps": steps - skipped_steps,
+    }
 
 
 def _prompts(stage: Stage, encoder: Encoder) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
@@ -321,7 +342,7 @@ def _say_arithmetic(stage: Stage, roles: Roles, engine: RolloutEngine) -> None:
     trained = sum(p.numel() for p in roles.trainable()) / 1e6
     stage.say(f"policy {size:.1f}M parameters, {trained:.2f}M trained; rollouts by {engine.name} {engine.version}")
     memory = memory_by_role(roles)
-    stage.record(memory=memory)
+    stage.record(memory=memory, models_in_memory=models_in_memory(model_names(roles)))
     shown = (f"{role} {m['weights']:.1f} + {m['training']:.1f}" for role, m in memory.items())
     stage.say(f"MiB of weights + gradients and Adam, ppo.sharing {ppo.sharing}: " + ", ".join(shown))
     stage.say(batch_arithmetic(ppo))

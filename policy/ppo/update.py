@@ -126,17 +126,23 @@ def ppo_update(roles: Roles, learner: Learner, experience: Experience, options: 
     Denominators are counts of the whole optimiser step, so that the split into micro-batches never shows in the
     result. The first step whose approximate KL exceeds `ppo.target_kl`, and all after it, are left out
     (`policy/steps` counts those before it). `val/ratio_first` is the mean ratio of the first minibatch, which must
-    be 1, and `policy/approxkl_first` its approximate KL, which must be 0.
+    be 1, and `policy/approxkl_first` its approximate KL, which must be 0. `policy/trained_tokens` counts what went
+    through the policy forward and backward: prompts, responses and the demonstrations of `ppo.ptx_coef`, without
+    padding, in every step, the one past `target_kl` and skipped ones included.
     """
     ppo = options.ppo
     learner.skipped_rows = []
     taken: list[dict[str, float]] = []
+    lengths, tokens = experience.batch.attention_mask.sum(1), 0
     size = ppo.rollout_batch_size // ppo.num_minibatches
     with training_mode(roles):
         for rows in _minibatches(experience.scores.shape[0], size, ppo.num_ppo_epochs, learner.generator):
             step = _optimiser_step(roles, learner, experience, rows, options)
+            tokens += int(lengths[rows].sum())
             if step is None:
                 break
+            if "loss/ptx_avg" in step and options.ptx is not None:
+                tokens += options.ptx.tokens(learner.ptx_steps)
             taken.append(step)
             experience = replace(experience, passes=())
     if options.train_policy:
@@ -148,6 +154,7 @@ def ppo_update(roles: Roles, learner: Learner, experience: Experience, options: 
         "val/ratio_first": taken[0]["val/ratio"],
         "policy/approxkl_first": taken[0]["policy/approxkl_avg"],
         "policy/steps": float(len(taken)),
+        "policy/trained_tokens": float(tokens),
     }
 
 

@@ -155,7 +155,8 @@ def test_library_trainers_resume_from_their_checkpoint(
     assert steps == list(range(1, 13))
     keys = [(row["step"], frozenset(row)) for row in place.rows(stage)]
     assert len(keys) == len(set(keys))
-    assert place.manifest(stage)["metrics"]["steps"] == finished_run.manifest(stage)["metrics"]["steps"]
+    for key in ("steps", "trained_tokens", "optimizer_steps"):
+        assert place.manifest(stage)["metrics"][key] == finished_run.manifest(stage)["metrics"][key] > 0
     assert not (place.run / stage / "state").exists()
 
 
@@ -168,6 +169,8 @@ def test_a_direct_method_killed_ends_as_if_it_had_not_been(copied: Callable[...,
     words = (stage, "recipe.yaml", *settings, f"--{stage}.trainer.per_device_train_batch_size", "4")
     run_to_the_end(place, *words)
     expected = place.manifest(stage), place.rows(stage, "samples.jsonl")
+    reports = {name for name in expected[0]["files"] if name.startswith("evaluation/")}
+    assert reports == {f"evaluation/update_{step:06d}.json" for step in (0, 4, 8, 12)}
     shutil.rmtree(place.run / stage)
     checkpoint = place.run / f"{stage}.partial" / "state" / "checkpoint-3" / "trainer_state.json"
     kill_stage(place, words, checkpoint.exists)
@@ -175,7 +178,9 @@ def test_a_direct_method_killed_ends_as_if_it_had_not_been(copied: Callable[...,
     assert "resuming from checkpoint-" in run_to_the_end(place, *words)
     ours, samples = place.manifest(stage), place.rows(stage, "samples.jsonl")
     assert samples == expected[1]
-    assert ours["files"]["model.safetensors"] == expected[0]["files"]["model.safetensors"]
+    for name in ("model.safetensors", *reports):
+        assert ours["files"][name] == expected[0]["files"][name], name
+    assert ours["metrics"]["trained_tokens"] == expected[0]["metrics"]["trained_tokens"] > 0
     steps_logged = [row["step"] for row in place.rows(stage) if "loss" in row]
     assert steps_logged == list(range(1, 13))
 

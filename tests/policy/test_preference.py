@@ -41,7 +41,12 @@ IDS = torch.tensor([[1, 20, 30, 40]])
 
 
 def stage_of(
-    place: Workplace, name: str, data: Mapping[str, Any] | None = None, dtype: str = "float32", **section: Any
+    place: Workplace,
+    name: str,
+    data: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    evaluation: Mapping[str, Any] | None = None,
+    **section: Any,
 ) -> Stage:
     trainer = {"learning_rate": 1e-3, "max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4}
     trainer |= {"eval_steps": 3, "logging_steps": 1}
@@ -59,7 +64,7 @@ def stage_of(
         },
         name: {"trainer": trainer, **section},
         "rollout": {"engine": "transformers"},
-        "eval": {"prompts": 4, "samples_per_prompt": 2, "shown_samples": 2},
+        "eval": {"prompts": 4, "samples_per_prompt": 2, "shown_samples": 2, **(evaluation or {})},
     }
     inputs = {"policy": place.path / "model"}
     if section.get("reference"):

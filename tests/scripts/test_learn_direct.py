@@ -1,4 +1,4 @@
-"""The direct methods' experiment: likelihoods by hand, findings on made-up reports, the whole on tiny models."""
+"""The direct methods' experiment: findings on made-up reports, the whole on tiny models."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.evaluation.measures import Estimate, LengthStats
 from pipeline.evaluation.policy_eval import PolicyReport
-from pipeline.load import load_recipe
+from policy.likelihoods import Likelihoods
 from scripts import learn_direct
-from scripts.learn_direct import SUMS, Arm, Likelihoods
+from scripts.learn_direct import SUMS, Arm
 from tests.workplace import command_environment, make_workplace
 
-EVEN = Likelihoods(spearman=0.0, ranking_accuracy=0.5, reward_accuracy=0.5, agreement=0.5)
+EVEN = Likelihoods(spearman=0.0, ranking_accuracy=0.5, reward_accuracy=0.5, agreement=0.5, pairs=8)
 
 
 def report(gold: float, tokens: float = 9.0) -> PolicyReport:
@@ -76,63 +71,6 @@ def test_findings_say_what_is_longer_and_how_often_the_rewards_agree() -> None:
     arms[SUMS] = [arm(0.1, 8.0, replace(simpo, spearman=-0.5))]
     assert "(not longer;" in learn_direct.findings(arms)[3]
     assert "(not higher;" in learn_direct.findings(arms)[3]
-
-
-def test_likelihoods_are_those_of_each_answer_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = make_workplace(tmp_path / "work")
-    monkeypatch.chdir(place.path)
-    other = AutoModelForCausalLM.from_pretrained("model")
-    with torch.no_grad():
-        for number, parameter in enumerate(other.parameters()):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-    other.save_pretrained("policy")
-    tokenizer = AutoTokenizer.from_pretrained("model")
-    tokenizer.save_pretrained("policy")
-    held_out = [{"prompt": f"row {n}", "split": "eval" if n else "train", **answers(n)} for n in range(9)]
-    (place.path / "rankings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
-    got = learn_direct.likelihoods(
-        load_recipe("recipe.yaml", ["--data.max_response_tokens", "64"]), Path("policy"), Path("model")
-    )
-
-    models = [AutoModelForCausalLM.from_pretrained(name) for name in ("policy", "model")]
-    means, lengths, ordered = [], [], []
-    for row in held_out[1:]:
-        found = [log_probs(models, tokenizer, row["prompt"], answer) for answer in row["responses"]]
-        means += [policy / tokens for policy, _, tokens in found]
-        lengths += [tokens for *_, tokens in found]
-        for a, b in combinations(range(len(found)), 2):
-            if row["ranks"][a] == row["ranks"][b]:
-                continue
-            (p, q, n), (r, s, m) = (found[a], found[b]) if row["ranks"][a] < row["ranks"][b] else (found[b], found[a])
-            ordered.append((p / n > r / m, p - q > r - s))
-    by_mean, by_reward = np.array(ordered).T
-    assert got.spearman == pytest.approx(np.corrcoef(shared_ranks(means), shared_ranks(lengths))[0, 1], abs=1e-6)
-    assert got.ranking_accuracy == pytest.approx(by_mean.mean())
-    assert got.reward_accuracy == pytest.approx(by_reward.mean())
-    assert got.agreement == pytest.approx((by_mean == by_reward).mean())
-    assert by_mean.mean() != by_reward.mean()
-
-
-def shared_ranks(values: list[float]) -> list[float]:
-    """Equal values share the mean of their ranks."""
-    return [sum(other < own for other in values) + sum(other == own for other in values) / 2 for own in values]
-
-
-def answers(n: int) -> dict[str, list[object]]:
-    words = ["good", "bad", "film", "plot", "actor", "slow", "great"]
-    texts = [" " + " ".join(words[(n * k + j) % 7] for j in range(count)) for k, count in ((1, 1), (2, 3), (3, 5))]
-    return {"responses": list(texts), "ranks": [n % 3, 1, 1]}
-
-
-def log_probs(models: list[Any], tokenizer: Any, prompt: str, answer: str) -> tuple[float, float, int]:
-    """sum log p of the answer and its EOS under both models, nats, and its tokens."""
-    asked = [1, *tokenizer(prompt, add_special_tokens=False).input_ids]
-    given = [*tokenizer(answer, add_special_tokens=False).input_ids, 2]
-    sums = []
-    for model in models:
-        logits = model(torch.tensor([asked + given])).logits[0].log_softmax(-1)
-        sums.append(sum(logits[len(asked) + t - 1, token].item() for t, token in enumerate(given)))
-    return sums[0], sums[1], len(given)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline.errors import UserError
+from pipeline.evaluation.saved import load_reports, save_report
 from policy.ppo.rewards import ModelReward, Retokeniser
 from policy.ppo.stage import set_up
 from reward_model.score import Normalisation, load_reward_model
@@ -59,3 +60,17 @@ def test_more_tokens_than_the_reward_model_has_positions_are_refused(tmp_path: P
         source.scores(batch, prompts)
     model.config.max_position_embeddings = asked + answered
     assert source.scores(batch, prompts).isfinite().all()
+
+
+def test_reports_are_listed_by_update_whatever_order_they_were_saved_in(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "work")
+    training = set_up(_stage(place, _reward_model(place)))
+    with closing(training.engine):
+        report = training.held_out.evaluate(training.roles, training.engine)
+    for update in (1_000_000, 20, 0, 3):
+        save_report(tmp_path, update, report)
+    loaded = load_reports(tmp_path)
+    assert list(loaded) == [0, 3, 20, 1_000_000]
+    assert all(each == report for each in loaded.values())
+    assert loaded[3].rows == report.rows
+    assert load_reports(tmp_path / "work") == {}

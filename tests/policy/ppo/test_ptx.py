@@ -99,6 +99,7 @@ def test_a_step_adds_the_loss_before_it_clips_and_counts_it(policy_dir: Path, re
     assert metrics["loss/policy_avg"] == pytest.approx(0.0, abs=1e-7)
     assert torch.cat([gradient.flatten() for gradient in gradients(roles)]).norm() == pytest.approx(1e-3, rel=1e-3)
     assert learner.ptx_steps == 1
+    assert metrics["policy/trained_tokens"] == 38 + sum(len(example.ids) for example in EXAMPLES)
     assert plain_loss(roles, EXAMPLES).item() < expected
 
 
@@ -108,6 +109,7 @@ def test_critic_warm_up_and_steps_left_out_use_no_demonstrations(policy_dir: Pat
     learner = Learner.create(roles, PPO, 0)
     warm = ppo_update(roles, learner, experience, UpdateOptions(PPO, 8, train_policy=False, ptx=ptx_of()))
     assert "loss/ptx_avg" not in warm
+    assert warm["policy/trained_tokens"] == 2 * 38
     assert learner.ptx_steps == 0
     early = PPO.model_copy(update={"target_kl": 1e-12, "num_minibatches": 1})
     ppo_update(roles, learner, experience, UpdateOptions(early, 8, ptx=ptx_of()))

@@ -178,10 +178,12 @@ def test_target_kl_ends_an_update_before_the_step_that_exceeds_it(policy_dir: Pa
     ppo = PPO.model_copy(update={"target_kl": 1e-12, "num_minibatches": 1})
     metrics, learner = _trained(roles, experience, ppo)
     assert metrics["policy/steps"] == 1
+    assert metrics["policy/trained_tokens"] == 2 * 38, "the pass that goes too far has been made"
     assert {int(state["step"]) for state in learner.policy_optimizer.state.values()} == {1}
     again = make_roles(policy_dir, reward_dir)
     far, _ = _trained(again, experience, PPO.model_copy(update={"target_kl": 1e3}))
     assert far["policy/steps"] == 6
+    assert far["policy/trained_tokens"] == 2 * 38
 
 
 def test_target_kl_is_a_bound_on_the_approximate_kl_itself(policy_dir: Path, reward_dir: Path) -> None:
