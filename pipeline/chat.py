@@ -1,4 +1,4 @@
-"""`tristage chat`: a conversation with a policy in the terminal.
+"""`tristage chat`: a conversation with a policy in the terminal, or with two side by side.
 
 A model with a chat template answers turn by turn; one without completes what is typed, each time
 afresh.
@@ -9,29 +9,18 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
 from rich.console import Console
-from rich.text import Text
 
-from pipeline.artifacts import open_artifact
-from pipeline.errors import UserError
-from pipeline.load import RESOLVED
-from pipeline.records import Prompt
-from pipeline.stages import POLICIES
-from pipeline.tokens import Encoder
+from pipeline.chat_pair import reply_pair, reply_text, show_pair
+from pipeline.conversation import Conversation, open_conversation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from rollout.engine import EngineKind
 
-    from rollout.batch import Completion
-    from rollout.engine import EngineKind, RolloutEngine
-
-UNKNOWN_CONTEXT = 4096
-"""Tokens of prompt and response for a model whose configuration names no limit."""
 BLOCK = '"""'
 HELP = f"""\
 /reset      forget the conversation
@@ -41,93 +30,10 @@ HELP = f"""\
 Several lines: put {BLOCK} on a line of its own before and after them. A line that starts with // is sent with one /."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A sampled response: its text, its length in tokens and whether it ended by itself."""
-
-    text: str
-    tokens: int
-    finished: bool
-    forgotten: int
-    """Messages dropped from the start of the conversation to make room."""
-
-
-@dataclass(slots=True)
-class Conversation:
-    """A policy, what was said so far and how it samples."""
-
-    engine: RolloutEngine
-    encoder: Encoder
-    context: int
-    temperature: float = 1.0
-    max_new_tokens: int = 128
-    seed: int = 0
-    turns: int = 0
-    messages: list[dict[str, str]] = field(default_factory=list)
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether the model has a chat template, hence remembers turns."""
-        return bool(self.encoder.tokenizer.chat_template)
-
-    def reset(self) -> None:
-        """Forget every turn."""
-        self.messages.clear()
-
-    def set_temperature(self, text: str) -> None:
-        """Take a temperature as typed; ValueError says what is wrong with it."""
-        from rollout.engine import SamplingOptions
-
-        try:
-            temperature = float(text)
-        except ValueError:
-            raise ValueError(f"{text!r} is not a number") from None
-        self.temperature = SamplingOptions(self.max_new_tokens, temperature).temperature
-
-    def reply(self, text: str) -> Reply:
-        """Sample a response; the conversation keeps it only when it is complete.
-
-        Raises ValueError when the message alone does not fit the model's context.
-        """
-        from pipeline.evaluation.policy_eval import sample_seed
-        from rollout.engine import SamplingOptions
-
-        asked = [*self.messages, {"role": "user", "content": text}]
-        ids, kept = self._fitting(asked) if self.is_chat else (self._checked(Prompt(text)), asked)
-        sampling = SamplingOptions(self.max_new_tokens, self.temperature)
-        seed = sample_seed(self.seed, self.turns, 0)
-        completion: Completion = self.engine.generate([ids], sampling, seeds=[seed])[0]
-        self.turns += 1
-        answer = self.encoder.decode(completion.token_ids)
-        if self.is_chat:
-            self.messages = [*kept, {"role": "assistant", "content": answer}]
-        return Reply(answer, len(completion.token_ids), completion.finished, len(asked) - len(kept))
-
-    def _fitting(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[dict[str, str]]]:
-        """Tokens of the conversation without as many of its oldest exchanges as do not fit."""
-        kept = list(messages)
-        while len(kept) > 1:
-            ids = self.encoder.prompt_ids(Prompt(tuple(kept)))
-            if len(ids) <= self._room():
-                return ids, kept
-            kept = kept[2:]
-        return self._checked(Prompt(tuple(kept))), kept
-
-    def _checked(self, prompt: Prompt) -> list[int]:
-        ids = self.encoder.prompt_ids(prompt)
-        if not ids:
-            raise ValueError("the tokenizer makes no token of this text")
-        if len(ids) > self._room():
-            raise ValueError(f"this text has {len(ids)} tokens and the model reads {self._room()} at most")
-        return ids
-
-    def _room(self) -> int:
-        return self.context - self.max_new_tokens
-
-
 def chat(
     policy: str | Path,
     *,
+    against: str | Path | None = None,
     temperature: float = 1.0,
     max_new_tokens: int = 128,
     engine: EngineKind = "transformers",
@@ -136,101 +42,36 @@ def chat(
     """Talk to the policy at `policy` (a stage's directory, a model directory or a hub id) until
     /quit.
 
-    The transformers engine is the default because it starts at once. Without a `seed` every
-    conversation differs. Raises UserError for a path that holds no policy, or options that do not
-    fit it.
+    With a policy `against`, both get what is typed and answer side by side; each remembers its own
+    conversation, and both sample with the same random numbers. The transformers engine is the
+    default because it starts at once. Without a `seed` every conversation differs. Raises UserError
+    for a path that holds no policy, or options that do not fit it.
     """
     console = Console(highlight=False)
-    conversation = open_conversation(
-        policy, temperature=temperature, max_new_tokens=max_new_tokens, engine=engine, seed=seed
-    )
-    kind = "answers turn by turn" if conversation.is_chat else "completes what you type"
-    console.print(f"{policy} {kind}. /help lists the commands.", markup=False, style="dim", soft_wrap=True)
-    try:
+    start = random.SystemRandom().randrange(2**31) if seed is None else seed
+    policies = [policy] if against is None else [policy, against]
+    with ExitStack() as opened:
+        conversations = []
+        for path in policies:
+            conversation = open_conversation(
+                path, temperature=temperature, max_new_tokens=max_new_tokens, engine=engine, seed=start
+            )
+            opened.callback(conversation.engine.close)
+            conversations.append(conversation)
+        _greet(conversations, console)
         for message in _messages(console):
             if message.startswith("/") and not message.startswith("//"):
-                if _obey(message, conversation, console):
+                if _obey(message, conversations, console):
                     break
             elif message:
-                _answer(message.removeprefix("/") if message[:2] == "//" else message, conversation, console)
-    finally:
-        conversation.engine.close()
+                _answer(message.removeprefix("/") if message[:2] == "//" else message, conversations, console)
 
 
-def open_conversation(
-    policy: str | Path, *, temperature: float, max_new_tokens: int, engine: EngineKind, seed: int | None
-) -> Conversation:
-    """Load the policy and its tokenizer; errors as `chat`."""
-    from transformers import AutoTokenizer
-
-    from rollout.engine import DTYPES, EngineOptions, make_engine, read_config
-    from rollout.stop import with_stops
-
-    directory = _directory(open_artifact(policy, kinds=POLICIES, wanted_as="chat").path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        encoder = Encoder(tokenizer, UNKNOWN_CONTEXT, max_new_tokens)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"chat: the tokenizer of {policy} cannot be used: {error}.", mend="Give a directory with tokenizer files."
-        ) from error
-    config = read_config(directory).to_dict()
-    context = config.get("max_position_embeddings") or UNKNOWN_CONTEXT
-    if not 0 < max_new_tokens < context:
-        raise UserError(
-            f"chat: --max-new-tokens is {max_new_tokens} and the model's context {context}.",
-            mend=f"Choose 1 to {context - 1}.",
-        )
-    stops = _stop_token_ids(directory, tokenizer)
-    dtype = str(config.get("dtype")).removeprefix("torch.")
-    options = EngineOptions(
-        max_model_len=context,
-        max_sequences=1,
-        stop_token_ids=stops,
-        dtype=dtype if dtype in DTYPES else "float32",
-    )
-    start = random.SystemRandom().randrange(2**31) if seed is None else seed
-    opened = with_stops(make_engine(engine, directory, options), _stop_texts(directory), encoder)
-    conversation = Conversation(opened, encoder, context, max_new_tokens=max_new_tokens, seed=start)
-    try:
-        conversation.set_temperature(str(temperature))
-    except ValueError as error:
-        raise UserError(f"chat: --temperature: {error}.", mend="Choose 0, or 0.01 and more.") from error
-    return conversation
-
-
-def _directory(path: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"chat: {path} cannot be fetched from the hub: {reason}", mend="Check the name and the network."
-        ) from error
-
-
-def _stop_texts(directory: Path) -> tuple[str, ...]:
-    """`rollout.stop` of the recipe that the policy was trained with; none for a model from elsewhere."""
-    resolved = directory / RESOLVED
-    if not resolved.is_file():
-        return ()
-    return tuple(yaml.safe_load(resolved.read_text(encoding="utf-8")).get("rollout", {}).get("stop", ()))
-
-
-def _stop_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokenizer's EOS and those of the generation configuration: chat models often have two."""
-    from transformers import GenerationConfig
-
-    stops: list[Any] = [tokenizer.eos_token_id]
-    if (directory / "generation_config.json").exists():
-        named = GenerationConfig.from_pretrained(directory).eos_token_id
-        stops += named if isinstance(named, list) else [named]
-    return tuple(dict.fromkeys(stop for stop in stops if stop is not None))
+def _greet(conversations: Sequence[Conversation], console: Console) -> None:
+    kinds = {True: "answers turn by turn", False: "completes what you type"}
+    said = [f"{conversation.name} {kinds[conversation.is_chat]}." for conversation in conversations]
+    hint = "/help lists the commands" + (", which act on both." if len(said) > 1 else ".")
+    console.print(" ".join([*said, hint]), markup=False, style="dim", soft_wrap=True)
 
 
 def _messages(console: Console) -> Iterator[str]:
@@ -269,43 +110,44 @@ def _block_line(prompt: str) -> str | None:
     return None if line is None or line.strip() == BLOCK else line
 
 
-def _obey(message: str, conversation: Conversation, console: Console) -> bool:
-    """Carry out a command; True when the conversation is over."""
+def _obey(message: str, conversations: Sequence[Conversation], console: Console) -> bool:
+    """Carry out a command on every conversation; True when they are over."""
     command, _, argument = message.partition(" ")
     if command == "/quit":
         return True
     if command == "/help":
         console.print(HELP, markup=False)
     elif command == "/reset":
-        conversation.reset()
+        for conversation in conversations:
+            conversation.reset()
         console.print("(nothing is remembered)", style="dim")
     elif command == "/temp":
         try:
-            conversation.set_temperature(argument.strip())
+            for conversation in conversations:
+                conversation.set_temperature(argument.strip())
         except ValueError as error:
             console.print(f"({error})", markup=False, style="dim")
-        console.print(f"(temperature {conversation.temperature:g})", style="dim")
+        console.print(f"(temperature {conversations[0].temperature:g})", style="dim")
     else:
         console.print(f"(there is no {command}; /help lists the commands)", markup=False, style="dim")
     return False
 
 
-def _answer(message: str, conversation: Conversation, console: Console) -> None:
+def _answer(message: str, conversations: Sequence[Conversation], console: Console) -> None:
+    try:
+        if len(conversations) > 1:
+            show_pair(console, message, conversations, reply_pair(message, conversations))
+        else:
+            _answer_alone(message, conversations[0], console)
+    except KeyboardInterrupt:
+        console.print("(stopped)", style="dim")
+
+
+def _answer_alone(message: str, conversation: Conversation, console: Console) -> None:
     try:
         reply = conversation.reply(message)
     except ValueError as error:
         console.print(f"({error})", markup=False, style="dim")
         return
-    except KeyboardInterrupt:
-        console.print("(stopped)", style="dim")
-        return
-    lead = "" if conversation.is_chat else message
-    console.print(Text.assemble((lead, "dim"), (printable(reply.text), "bold")), soft_wrap=True)
-    end = "ended by itself" if reply.finished else "cut at the limit"
-    forgotten = f", the oldest {reply.forgotten} messages were forgotten" if reply.forgotten else ""
-    console.print(f"({reply.tokens} tokens, {end}{forgotten})", style="dim")
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which a model may sample and a terminal would obey."""
-    return "".join(character for character in text if character in "\n\t" or character.isprintable())
+    console.print(reply_text(message, conversation, reply), soft_wrap=True)
+    console.print(f"({reply.summary()})", style="dim")

@@ -46,7 +46,7 @@ class Tracker:
             _drop_cut_line(file)
         self._logged = {_key(row) for row in _read_rows(self._metrics)}
         self._sampled = {row["step"] for row in _read_rows(self._samples) if "step" in row}
-        self._run = _start_wandb(out, recipe, stage) if recipe.tracking.wandb != "off" else None
+        self._run = open_wandb(out, recipe, stage) if recipe.tracking.wandb != "off" else None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one row of numbers."""
@@ -152,7 +152,7 @@ def _drop_cut_line(file: Path) -> None:
                 stream.truncate(end)
 
 
-def _start_wandb(out: Path, recipe: Recipe, stage: str) -> Any:
+def open_wandb(out: Path, recipe: Recipe, stage: str) -> Any:
     """One W&B run per stage, grouped under the recipe's name; a resumed stage continues its run."""
     import wandb
     from wandb.errors import Error as WandbError

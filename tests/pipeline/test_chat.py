@@ -17,7 +17,8 @@ import pytest
 import torch
 import yaml
 
-from pipeline.chat import Conversation, chat, open_conversation, printable
+from pipeline.chat import chat
+from pipeline.conversation import Conversation, open_conversation, printable
 from pipeline.errors import UserError
 from pipeline.load import RESOLVED
 from tests.pipeline.conftest import CHAT_TEMPLATE
@@ -167,9 +168,9 @@ def test_pasted_lines_are_one_message_on_a_terminal(policy: Path) -> None:
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=child, stdout=child, stderr=child)
     os.close(child)
     try:
-        seen = _read_until(parent, "> ")
+        seen = read_until(parent, "> ")
         os.write(parent, b"\x1b[200~this film\ris old\x1b[201~\r")
-        seen += _read_until(parent, " tokens, ")
+        seen += read_until(parent, " tokens, ")
         os.write(parent, b"/quit\r")
         assert process.wait(timeout=60) == 0
     finally:
@@ -181,7 +182,7 @@ def test_pasted_lines_are_one_message_on_a_terminal(policy: Path) -> None:
     assert plain.count(" tokens, ") == 1
 
 
-def _read_until(terminal: int, text: str, seconds: float = 120.0) -> str:
+def read_until(terminal: int, text: str, seconds: float = 120.0) -> str:
     deadline, seen = time.monotonic() + seconds, ""
     while text not in seen:
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
