@@ -24,7 +24,7 @@ RUN_DIRECTORY := import sys; from pipeline import load, stages; \
 # Stages follow one another and share the machine: `make -j` never runs two of them at once.
 .NOTPARALLEL:
 .PHONY: help setup lock upgrade sft rm ppo dpo ipo kto simpo orpo ift contrast run doctor demo-data demo-base \
-        bench bench-ppo bench-direct learn-ppo learn-direct frozen-lake \
+        compare bench bench-ppo bench-direct learn-ppo learn-direct frozen-lake \
         format lint type test test-all check mutants clean-run
 
 help: ## list the commands
@@ -58,6 +58,9 @@ dpo ipo kto simpo orpo ift contrast:
 
 run: $(READY) ## the whole pipeline in one command
 	$(BIN)/tristage run $(RECIPE) $(ARGS)
+
+compare: $(READY) ## several methods and seeds on the same split, prompts and judges: one report
+	$(BIN)/tristage compare $(RECIPE) $(ARGS)
 
 doctor: $(READY) ## versions, devices, engines; what is wrong and how to mend it
 	$(BIN)/tristage doctor

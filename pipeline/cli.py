@@ -15,7 +15,7 @@ from rich.table import Table
 from pipeline.errors import UserError, disk_message, is_disk_error
 from pipeline.load import dump_recipe, load_recipe
 from pipeline.recipe_direct import DIRECT
-from pipeline.runner import plan, run_stage, run_stages
+from pipeline.runner import plan, prepare, run_stage, run_stages
 from pipeline.stage import EXIT_USER_ERROR, print_error
 from pipeline.stages import ORDER
 
@@ -30,7 +30,21 @@ METHOD_TITLES = {
     "ift": "Intuitive fine-tuning on good answers alone",
     "contrast": "SFT on texts that show a worse answer before the better one",
 }
-_OPTIONS_WITH_VALUE = {"--stages", "--policy", "--temperature", "--max-new-tokens"}
+_OPTIONS_WITH_VALUE = {
+    "--stages",
+    "--policy",
+    "--temperature",
+    "--max-new-tokens",
+    "--methods",
+    "--seeds",
+    "--budget",
+    "--lm-eval",
+    "--vs",
+    "--gpus",
+    "--gpu-memory",
+    "--budget-hours",
+    "--results",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,15 +121,37 @@ def _parser() -> argparse.ArgumentParser:
     added = with_recipe(command("run", "Run the stages in order.", _run))
     added.add_argument("--stages", default=",".join(ORDER), help="comma-separated, in order (default: %(default)s)")
     added.add_argument("--overwrite", action="store_true", help="replace stages made from something else")
+    _compare_command(with_recipe(command("compare", "Train several methods and seeds; one report.", _compare)))
     added = with_recipe(command("generate", "Sample responses to the held-out prompts.", _generate))
     added.add_argument("--policy", default="", help="checkpoint to sample from (default: the PPO stage's)")
     added.add_argument("--overwrite", action="store_true", help="replace samples made from something else")
-    added = command("chat", "Talk to a policy in the terminal.", _chat)
+    added = with_recipe(command("evaluate", "Measure a policy on the held-out prompts.", _evaluate))
+    added.add_argument("--policy", default="", help="checkpoint to measure (default: the PPO stage's)")
+    added.add_argument("--overwrite", action="store_true", help="replace an evaluation of something else")
+    _advise_command(with_recipe(command("advise", "Recommend a method for this data, with reasons.", _advise)))
+    added = command("chat", "Talk to a policy in the terminal, or to two side by side.", _chat)
     added.add_argument("policy", help="a stage's directory, such as runs/demo/ppo, or a hub id")
+    added.add_argument("--vs", metavar="POLICY", help="another one that answers the same, beside it")
     added.add_argument("--temperature", type=float, default=1.0)
     added.add_argument("--max-new-tokens", type=int, default=128)
     command("doctor", "Check versions, devices and engines; say what is wrong and how to mend it.", _doctor)
     return parser
+
+
+def _compare_command(added: argparse.ArgumentParser) -> None:
+    """Options that stand for keys of the recipe's section `compare`, and its own."""
+    added.add_argument("--methods", help="comma-separated, such as sft,ppo,dpo (compare.methods)")
+    added.add_argument("--seeds", help="number of training seeds (compare.seeds)")
+    added.add_argument("--budget", help="held equal: steps=N, tokens=N or seconds=N; recipe (compare.budget)")
+    added.add_argument("--lm-eval", action="append", default=[], metavar="METHOD=FILE", help="lm-eval results to show")
+    added.add_argument("--overwrite", action="store_true", help="replace stages made from something else")
+
+
+def _advise_command(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--gpus", type=int, metavar="N", help="GPUs to train on (default: those of this machine)")
+    added.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU (default: as it says itself)")
+    added.add_argument("--budget-hours", type=float, metavar="H", help="hours that one method's training may take")
+    added.add_argument("--results", metavar="FILE", help="results.json of a comparison on this data")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -166,17 +202,53 @@ def _run(options: argparse.Namespace) -> None:
     run_stages(recipe, stages, overwrite=options.overwrite, command=options.command)
 
 
+def _compare(options: argparse.Namespace) -> None:
+    keys = []
+    for name, value in (("methods", options.methods), ("seeds", options.seeds), ("budget", options.budget)):
+        if value is not None:
+            keys += [f"--compare.{name}", f"[{value}]" if name == "methods" else value]
+    lm_eval = {}
+    for entry in options.lm_eval:
+        method, sign, file = entry.partition("=")
+        if not sign:
+            raise UserError(f"--lm-eval {entry}: write METHOD=FILE, such as ppo=results.json.")
+        lm_eval[method] = file
+    from pipeline.compare.run import Options, compare
+
+    recipe = load_recipe(options.recipe, [*options.overrides, *keys])
+    compare(recipe, Options(options.command, overwrite=options.overwrite, lm_eval=lm_eval))
+
+
 def _generate(options: argparse.Namespace) -> None:
+    _of_policy("generate", options)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _of_policy("evaluate", options)
+
+
+def _of_policy(name: str, options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     chosen = {"policy": options.policy} if options.policy else {}
-    run_stage(recipe, "generate", overwrite=options.overwrite, command=options.command, inputs=chosen)
+    run_stage(recipe, name, overwrite=options.overwrite, command=options.command, inputs=chosen)
 
 
 def _chat(options: argparse.Namespace) -> None:
     _no_overrides(options)
     from pipeline.chat import chat
 
-    chat(options.policy, temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    chat(options.policy, against=options.vs, temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+
+
+def _advise(options: argparse.Namespace) -> None:
+    from pipeline.advise import advise_on, data_paths
+    from pipeline.advise_facts import find_machine
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    console = Console(highlight=False)
+    machine = find_machine(options.gpus, options.gpu_memory, options.budget_hours)
+    prepare(recipe, data_paths(recipe), console)
+    advise_on(recipe, machine, options.results, console)
 
 
 def _doctor(options: argparse.Namespace) -> None:

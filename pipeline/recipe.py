@@ -6,11 +6,13 @@ command line into a `Recipe`. Every default of the project lives here, once.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.recipe_base import Count, Fraction, Integer, NonNegative, Number, Positive, Section, TrainerArguments
+from pipeline.recipe_compare import CompareSection
 from pipeline.recipe_direct import (
     ContrastSection,
     DpoSection,
@@ -20,6 +22,7 @@ from pipeline.recipe_direct import (
     OrpoSection,
     SimpoSection,
 )
+from pipeline.recipe_judges import Judge
 
 
 class Prepare(Section):
@@ -262,9 +265,14 @@ class PpoSection(Section):
             )
         return self
 
+    @property
+    def with_trained_model(self) -> bool:
+        """Whether the RM stage's model is a source of the score."""
+        return any(source.model == TRAINED for source in self.rewards.values())
+
     @model_validator(mode="after")
     def _reads_the_reward_model(self) -> PpoSection:
-        if self.reward_model is not None and all(source.model != TRAINED for source in self.rewards.values()):
+        if self.reward_model is not None and not self.with_trained_model:
             raise ValueError(f"`reward_model` is set, but no entry of `rewards` is `model: {TRAINED}`")
         return self
 
@@ -286,14 +294,6 @@ class RolloutSection(Section):
     """Largest gap between the engine's and the trainer's log-probabilities in float32 before the run stops."""
 
 
-class Judge(Section):
-    """An independent score of a response: a Python function called with lists of prompts and responses."""
-
-    function: str
-    """`module:function`, importable from the working directory."""
-    kwargs: dict[str, Any] = {}
-
-
 RESERVED_JUDGES = {"score", "kl", "length", "eos_rate", "distinct_1", "distinct_2"}
 
 
@@ -306,12 +306,18 @@ class EvalSection(Section):
     samples_per_prompt: Count = 4
     shown_samples: Count = 6
     """Fixed prompts whose generations are kept at every evaluation."""
+    reward_model: str | None = None
+    """Reward model directory for the score of the stage `evaluate`, that of `ppo.rewards`; null leaves the score out,
+    unless `ppo.rewards` needs no such model."""
 
     @model_validator(mode="after")
     def _judges_have_names_of_their_own(self) -> EvalSection:
         taken = sorted(RESERVED_JUDGES & self.judges.keys())
         if taken:
             raise ValueError(f"{taken[0]!r} is a measure of every evaluation and no name for a judge; rename it")
+        for name, judge in self.judges.items():
+            if judge.function is None and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"files are called after judge {name!r}: rename it, in letters, digits, _ and -")
         return self
 
 
@@ -345,7 +351,19 @@ class Recipe(Section):
     contrast: ContrastSection = ContrastSection()
     rollout: RolloutSection = RolloutSection()
     eval: EvalSection = EvalSection()
+    compare: CompareSection = CompareSection()
     tracking: TrackingSection = TrackingSection()
+
+    @property
+    def with_score(self) -> bool:
+        """Whether `evaluate` gives PPO's score: `eval.reward_model` is set, or the score needs no such model."""
+        return self.eval.reward_model is not None or not self.ppo.with_trained_model
+
+    @model_validator(mode="after")
+    def _eval_reads_its_reward_model(self) -> Recipe:
+        if self.eval.reward_model is not None and not self.ppo.with_trained_model:
+            raise ValueError(f"eval.reward_model is set, but no entry of ppo.rewards is `model: {TRAINED}`")
+        return self
 
     @model_validator(mode="after")
     def _ptx_has_demonstrations(self) -> Recipe:

@@ -64,11 +64,12 @@ class PlannedStage:
 
 def plan(recipe: Recipe, stages: Sequence[str] = ORDER) -> list[PlannedStage]:
     """What `run_stages` would do, without doing it: nothing is written and no model is read by a library."""
-    return [_plan_stage(recipe, name) for name in stages]
+    return [plan_stage(recipe, name, {}) for name in stages]
 
 
-def _plan_stage(recipe: Recipe, name: str) -> PlannedStage:
-    out, inputs = run_directory(recipe) / name, input_paths(recipe, name, {})
+def plan_stage(recipe: Recipe, name: str, inputs: Mapping[str, str]) -> PlannedStage:
+    """What `run_stage` would do with `inputs` that are not where the recipe says."""
+    out, inputs = run_directory(recipe) / name, input_paths(recipe, name, inputs)
     try:
         awaited = _awaited(recipe, name, inputs)
         if awaited:

@@ -63,7 +63,8 @@ def test_trainer_process_survives_its_engines_and_leaves_nothing_behind(tied_dir
     assert report["third_gap"] < 1e-4
     assert report["children"] == 0
     assert report["first_seconds"] < 2
-    assert code == -signal.SIGINT
+    # 1 where torch, on its way out, imports tabulate: that makes Python forget what the process died of.
+    assert code in (-signal.SIGINT, 1)
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert in_session(trainer.pid) == []
 
