@@ -68,7 +68,7 @@ class Advice:
     cautions: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """`advice` of results.json: recommended, also, facts, reasons (for, speaks, weight, text, source), cautions."""
+        """`advice` of results.json: recommended, also, found (facts as sentences), facts, reasons, cautions."""
         reasons = [
             {"for": r.method, "speaks": r.speaks, "weight": r.weight, "text": r.text, "source": r.source}
             for r in self.reasons
@@ -77,6 +77,7 @@ class Advice:
         return {
             "recommended": self.recommended,
             "also": list(self.also),
+            "found": describe(self.facts),
             "facts": facts,
             "reasons": reasons,
             "cautions": list(self.cautions),
@@ -217,7 +218,7 @@ def _measured(measured: Mapping[str, Any], facts: Facts) -> _Measured:
             reasons.append(Reason(method, "against", "measured", f"On this data: {_says(rates[method])}", source))
     cautions = _about_baseline(measured, level, judge)
     others = [method for method in order if method != chosen and method in level]
-    return _Measured((chosen, *others, *(m for m in order if m not in level)), tuple(reasons), tuple(cautions))
+    return _Measured((chosen, *others), tuple(reasons), tuple(cautions))
 
 
 def _why(chosen: str, best: str, measured: Mapping[str, Any], judge: str) -> list[Reason]:
@@ -232,7 +233,7 @@ def _why(chosen: str, best: str, measured: Mapping[str, Any], judge: str) -> lis
     said = _says(rates.get(chosen) or {})
     text = (
         f"On this data: {best} ranks first by {judge}, but there is no significant difference between {best} and "
-        f"{chosen}{f' ({said})' if said else ''}, and {chosen} is the cheaper to train."
+        f"{chosen}{f' ({said})' if said else ''}, and {chosen} is made for a smaller budget."
     )
     return [
         Reason(chosen, "for", "measured", text, source),

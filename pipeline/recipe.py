@@ -294,7 +294,13 @@ class RolloutSection(Section):
     """Largest gap between the engine's and the trainer's log-probabilities in float32 before the run stops."""
 
 
-RESERVED_JUDGES = {"score", "kl", "length", "eos_rate", "distinct_1", "distinct_2"}
+RESERVED_JUDGES = {
+    *("score", "kl", "kl_per_sequence", "kl_per_token", "length", "eos_rate", "truncation_rate", "entropy"),
+    *("distinct_1", "distinct_2", "self_bleu", "sft_perplexity", "likelihood_length_spearman", "reward_accuracy"),
+    *("ranking_accuracy", "reward_likelihood_agreement", "trained_tokens", "generated_tokens", "optimizer_steps"),
+    *("models_in_memory", "prompt_index", "sample", "prompt", "response", "finished", "tokens"),
+}
+"""Names of measures, and of columns of the samples."""
 
 
 class EvalSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal, NamedTuple
 
@@ -33,9 +34,9 @@ class CompareSection(Section):
     shared_stages: Literal["per_seed", "once"] = "per_seed"
     """Whether every seed trains its own SFT policy and reward model, or all start from those of the first seed."""
     budget: str = "recipe"
-    """What is held equal: `steps=N` (optimiser steps of the policy), `tokens=N` (tokens trained on), `seconds=N` (CPU
-    seconds, or GPU seconds where there is a GPU, after the SFT stage; PPO's include the reward model), or `recipe`:
-    nothing, every method as its section says."""
+    """What is held equal: `steps=N` (optimiser steps of the policy), `tokens=N` (tokens that the policy is trained on),
+    `seconds=N` (CPU seconds, or GPU seconds where there is a GPU, in optimiser steps and rollouts, the reward model's
+    steps included), or `recipe`: nothing, every method as its section says."""
     headline_judge: str | None = None
     """The judge that the summary speaks of; default: the first of `eval.judges`."""
     price_per_hour: NonNegative = 0.0
@@ -52,7 +53,7 @@ class CompareSection(Section):
     @field_validator("budget")
     @classmethod
     def _is_a_budget(cls, text: str) -> str:
-        if text != "recipe" and (_BUDGET.fullmatch(text) is None or not float(text.partition("=")[2])):
+        if text != "recipe" and not (_BUDGET.fullmatch(text) and 0.0 < float(text.partition("=")[2]) < math.inf):
             raise ValueError("write it as steps=400, tokens=2e6 or seconds=120, or as recipe")
         return text
 

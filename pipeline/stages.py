@@ -207,12 +207,15 @@ def sources(recipe: Recipe, name: str) -> dict[str, str | DataSource]:
 def named_files(recipe: Recipe, name: str) -> list[str]:
     """Texts of the recipe that may name a file whose contents count.
 
-    They are the chat template, the arguments of judges and reward functions, and the reward functions' source files.
+    They are the chat template, the arguments of judges and reward functions, the reward functions' source files, and
+    the judges' where nothing is trained.
     """
     named = [recipe.model.chat_template] if recipe.model.chat_template else []
     read = sections(recipe, name)
     with_judges = "eval" in read
     called = [judge for judge in recipe.eval.judges.values() if judge.function and with_judges]
+    if name == "evaluate":  # what its judges say is its result
+        named += [_source_file(judge.function or "") for judge in called]
     if "ppo" in read:
         functions = [source for source in recipe.ppo.rewards.values() if source.function]
         named += [_source_file(source.function or "") for source in functions]

@@ -61,7 +61,8 @@ class Read:
 
 def run(stage: Stage) -> dict[str, Any]:
     """Measures the policy into evaluation.json and samples.jsonl; returns the figures for the manifest."""
-    refuse_leaks(stage.recipe.data)
+    for line in refuse_leaks(stage.recipe.data):
+        stage.say(line)
     judges = load_judges(stage.recipe.eval)
     own, start = ask(stage)
     samples = draw(stage, own)

@@ -25,8 +25,9 @@ from pipeline.counts import models_in_memory, training_counts
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.recipe_direct import DirectSection
-from pipeline.stage import Stage, stage_main, trainer_callback
+from pipeline.stage import Stage, stage_main
 from pipeline.tokens import PROMPT_SLOT, Encoder, load_tokenizer, set_prompt_form
+from pipeline.trainer_log import trainer_callback
 from pipeline.trl_args import build_trainer_arguments
 from policy.answers import can_share_prompts
 from policy.losses import METHODS
@@ -235,7 +236,7 @@ def train(direct: Direct, rows: tuple[Sequence[Row], Sequence[Row]]) -> dict[str
     """Trains from the newest complete checkpoint; returns steps, training loss and the last held-out figures."""
     stage = direct.stage
     shown = ShowSamples(direct.judged)
-    trainer = make_trainer(direct, training_arguments(stage), rows, [trainer_callback(stage, direct.name), shown])
+    trainer = make_trainer(direct, training_arguments(stage), rows, [shown, trainer_callback(stage, direct.name)])
     checkpoint = newest_complete_checkpoint(stage.state)
     if checkpoint is not None:
         stage.say(f"resuming from {checkpoint.name}")

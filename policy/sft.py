@@ -22,8 +22,9 @@ from pipeline.evaluation.policy_eval import sample_seed
 from pipeline.preferences import load_demonstrations
 from pipeline.recipe import DataSection, Recipe
 from pipeline.records import Prompt, SftExample
-from pipeline.stage import Stage, stage_main, trainer_callback
+from pipeline.stage import Stage, stage_main
 from pipeline.tokens import EncodedExample, Encoder, encode_prompts, encode_sft, load_tokenizer
+from pipeline.trainer_log import trainer_callback
 from pipeline.trl_args import build_trainer_arguments
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from pipeline.counts import models_in_memory, training_counts
 from pipeline.data import load_rankings
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.stage import Stage, stage_main, trainer_callback
+from pipeline.stage import Stage, stage_main
 from pipeline.tokens import EncodedRanking, Encoder, encode_rankings, load_tokenizer, tokenizer_sha256
+from pipeline.trainer_log import trainer_callback
 from pipeline.trl_args import build_trainer_arguments
 from reward_model.data import ModelLimits, RankingCollator, check_rankings, ranking_dataset, with_ordered_pair
 from reward_model.evaluate import pairs_of

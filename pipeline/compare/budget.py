@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.artifacts import read_manifest
 from pipeline.compare.arms import Step, folder, method_steps, placed, with_keys
-from pipeline.compare.spent import seconds_of, seconds_per_step
+from pipeline.compare.spent import training_seconds
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.recipe_compare import BASELINE
@@ -56,49 +56,59 @@ def budgeted(recipe: Recipe, run: Callable[[Step], Path]) -> dict[str, Budgeted]
 
 
 def with_steps(recipe: Recipe, method: str, steps: float) -> Budgeted:
-    """The recipe in which `method` makes `steps` optimiser steps; PPO as many whole updates as come nearest.
+    """The recipe in which `method` makes `steps` optimiser steps of the policy; PPO as many whole updates as come
+    nearest, after those that warm up its critic alone.
 
     Errors:
-        UserError: no step is left.
+        UserError: no step, or no whole update, is left.
     """
+    if method == "ppo":
+        return _with_updates(recipe, steps / _steps_per_update(recipe))
     if steps < 1:
-        raise UserError(
-            f"compare.budget: {recipe.compare.budget} leaves no optimiser step for {method}.", mend="Raise it."
-        )
-    if method != "ppo":
-        count = round(steps)
-        trainer = {**recipe.model_dump()[method]["trainer"], "max_steps": count}
-        return Budgeted(with_keys(recipe, method, trainer=trainer), count)
-    per_update = recipe.ppo.num_ppo_epochs * recipe.ppo.num_minibatches
-    updates = max(1, round(steps / per_update))
-    if updates <= recipe.ppo.critic_warmup_updates:
-        raise UserError(
-            f"compare.budget: {recipe.compare.budget} gives ppo {updates} updates, and ppo.critic_warmup_updates "
-            f"({recipe.ppo.critic_warmup_updates}) leaves none of them for the policy.",
-            mend="Raise the budget, or lower ppo.critic_warmup_updates.",
-        )
-    off = updates * per_update - round(steps)
-    note = f"ppo makes whole updates of {per_update} steps: {updates * per_update} steps" if off else ""
-    return Budgeted(with_keys(recipe, "ppo", updates=updates), updates * per_update, note)
+        raise _too_small(recipe, method, "no optimiser step")
+    count = round(steps)
+    trainer = {**recipe.model_dump()[method]["trainer"], "max_steps": count}
+    return Budgeted(with_keys(recipe, method, trainer=trainer), count)
+
+
+def _with_updates(recipe: Recipe, updates: float) -> Budgeted:
+    count, each = round(updates), _steps_per_update(recipe)
+    if not count:
+        raise _too_small(recipe, "ppo", f"less than half an update of {each} steps")
+    note = "" if count == updates else f"whole updates of {each} steps: {count * each} steps"
+    changed = with_keys(recipe, "ppo", updates=recipe.ppo.critic_warmup_updates + count)
+    return Budgeted(changed, count * each, note)
+
+
+def _steps_per_update(recipe: Recipe) -> int:
+    return recipe.ppo.num_ppo_epochs * recipe.ppo.num_minibatches
+
+
+def _too_small(recipe: Recipe, method: str, what: str) -> UserError:
+    return UserError(f"compare.budget: {recipe.compare.budget} leaves {what} for {method}.", mend="Raise it.")
 
 
 def _measured(recipe: Recipe, method: str, amount: float, run: Callable[[Step], Path]) -> Budgeted:
-    kind = recipe.compare.held_equal.kind
-    done: list[tuple[Step, Path]] = [(step, run(step)) for step in _pilot(recipe, method)]
-    *before, (_, pilot) = done
-    manifest = read_manifest(pilot)
-    if kind == "tokens":
-        each = manifest["metrics"]["trained_tokens"] / manifest["metrics"]["optimizer_steps"]
-        return _with_note(with_steps(recipe, method, amount / each), f"{each:.0f} tokens per step")
-    spent = sum(seconds_of(read_manifest(out)) for _, out in before)
+    """Tokens or seconds of a pilot's optimiser step, or of its update for PPO, divide the amount."""
+    *before, pilot = [run(step) for step in _pilot(recipe, method)]
+    metrics = read_manifest(pilot)["metrics"]
+    made, unit = (metrics["updates"], "update") if method == "ppo" else (metrics["optimizer_steps"], "step")
+    if recipe.compare.held_equal.kind == "tokens":
+        each, spent, how = metrics["trained_tokens"] / made, 0.0, "{:.0f} tokens per {}"
+    else:
+        each, how = training_seconds(pilot) / made, "{:.3g} s per {}"
+        spent = sum(training_seconds(out) for out in before if out.name != BASELINE)
+        if method == "ppo":
+            spent += each * recipe.ppo.critic_warmup_updates
     if spent >= amount:
         raise UserError(
-            f"compare.budget: {recipe.compare.budget}, and {method}'s reward model alone took {spent:.0f} s.",
+            f"compare.budget: {recipe.compare.budget}, and {method}'s reward model and critic alone train for "
+            f"{spent:.0f} s.",
             mend="Raise it, or make the rm stage shorter.",
         )
-    each = seconds_per_step(pilot)
-    found = with_steps(recipe, method, (amount - spent) / each)
-    return _with_note(found, f"{each:.3g} s per step" + (f" after {spent:.0f} s of the reward model" if spent else ""))
+    count = (amount - spent) / each
+    found = _with_updates(recipe, count) if method == "ppo" else with_steps(recipe, method, count)
+    return _with_note(found, how.format(each, unit) + (f" after {spent:.0f} s before the policy" if spent else ""))
 
 
 def _with_note(found: Budgeted, how: str) -> Budgeted:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.compare.gather import Gathered
 from pipeline.evaluation.bradley_terry import rank
-from pipeline.evaluation.contests import Contest, Decision
+from pipeline.evaluation.contests import EQUAL, Contest, Decision
 from pipeline.evaluation.intervals import Tested, crossed_interval, holm
 from pipeline.evaluation.length_control import length_controlled_interval
 from pipeline.evaluation.winrates import mirrored, outcomes, says, says_difference, win_rate
@@ -56,47 +56,49 @@ def by_scores(gathered: Gathered, judge: str) -> dict[Pair, Won]:
     return found
 
 
-def by_decisions(decisions: Sequence[Decision], seeds: Sequence[int]) -> dict[Pair, Won]:
-    """Every two methods under a judge that compared answers; only prompts that were decided for every seed count.
+def by_decisions(decisions: Sequence[Decision], seeds: Sequence[int], *, as_one_seed: bool) -> dict[Pair, Won]:
+    """Every two methods under a judge that compared answers, from the contests that have an outcome.
 
-    Where the seeds of a pair share no decided prompt (votes on a sample of the answers), all decisions count as of one.
+    Prompts that lack one with some seed are left out. With `as_one_seed` all outcomes of a prompt count together
+    instead, whichever seed they are of: people vote on some of the answers. Where not every differing pair of answers
+    was decided, equal ones, which are ties without asking, are left out: they would count for more than their share.
     """
+    partly = as_one_seed and any(decision.outcome is None for decision in decisions)
     of_pair: dict[Pair, dict[Cell, list[Decision]]] = {}
     for decision in decisions:
-        if decision.outcome is not None:
-            contest = decision.contest
-            cells = of_pair.setdefault((contest.a, contest.b), {})
-            cells.setdefault((contest.seed, contest.prompt_index), []).append(decision)
-    rows = list(seeds)
-    if not all(_complete(cells, rows) for cells in of_pair.values()):
-        rows = [0]
-        of_pair = {pair: _merged(cells) for pair, cells in of_pair.items()}
-    return {pair: _won(cells, rows) for pair, cells in of_pair.items()}
+        if decision.outcome is None or (partly and decision.reason == EQUAL):
+            continue
+        contest = decision.contest
+        cells = of_pair.setdefault((contest.a, contest.b), {})
+        cells.setdefault((0 if as_one_seed else contest.seed, contest.prompt_index), []).append(decision)
+    rows = [0] if as_one_seed else list(seeds)
+    return {pair: _won(cells, rows) for pair, cells in of_pair.items() if _complete(cells, rows)}
 
 
 def _complete(cells: Mapping[Cell, Any], rows: Sequence[int]) -> list[int]:
-    """The prompts that were decided for every seed."""
+    """The prompts that were decided for every row."""
     return sorted({prompt for _, prompt in cells if all((row, prompt) in cells for row in rows)})
 
 
-def _merged(cells: Mapping[Cell, Sequence[Decision]]) -> dict[Cell, list[Decision]]:
-    found: dict[Cell, list[Decision]] = {}
-    for (_, prompt), made in cells.items():
-        found.setdefault((0, prompt), []).extend(made)
-    return found
-
-
 def _won(cells: Mapping[Cell, Sequence[Decision]], rows: Sequence[int]) -> Won:
+    """The table of a pair; where cells hold different numbers of decisions, each cell is their mean."""
     prompts = _complete(cells, rows)
-    answers = min(len(cells[row, prompt]) for row in rows for prompt in prompts)
-    table = [[cells[row, prompt][:answers] for prompt in prompts] for row in rows]
-    preferences = np.array([[[d.outcome for d in cell] for cell in row] for row in table], dtype=np.float64)
+    table = [[cells[row, prompt] for prompt in prompts] for row in rows]
+    won = [[[_outcome(d) for d in cell] for cell in row] for row in table]
     lengths = [[[_lead(d.contest) for d in cell] for cell in row] for row in table]
+    if len({len(cell) for row in table for cell in row}) > 1:
+        won, lengths = ([[[float(np.mean(cell))] for cell in row] for row in each] for each in (won, lengths))
+    preferences = np.array(won, dtype=np.float64)
     return Won(tuple(prompts), preferences.mean(2), preferences, np.array(lengths, dtype=np.float64))
 
 
-def _lead(contest: Contest) -> int:
-    return len(contest.response_a) - len(contest.response_b)
+def _outcome(decision: Decision) -> float:
+    assert decision.outcome is not None
+    return decision.outcome
+
+
+def _lead(contest: Contest) -> float:
+    return float(len(contest.response_a) - len(contest.response_b))
 
 
 def differences(gathered: Gathered, judges: Sequence[str], seed: int) -> dict[str, dict[str, dict[str, Any]]]:

@@ -33,7 +33,7 @@ NOTES = {
     "length": Note("response length", "tokens", None, "EOS included."),
     "eos_rate": Note("ends with EOS", "share", "higher", "Responses that ended by themselves within the token limit."),
     "truncation_rate": Note("cut off at the limit", "share", "lower", "1 - the above."),
-    "distinct_1": Note("distinct-1", "share", "higher", "Different tokens / all tokens (Li et al. 2016)."),
+    "distinct_1": Note("distinct-1", "share", "higher", "Different tokens / all, EOS included (Li et al. 2016)."),
     "distinct_2": Note("distinct-2", "share", "higher", "The same of pairs of tokens."),
     "self_bleu": Note(
         "self-BLEU", "0 to 100", "lower", "BLEU of a response with other responses as references (Zhu et al. 2018)."

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SIGNIFICANT = 0.05
+EVEN = 0.5
 POOR = 0.75
 """Of the baseline's distinct-2, below which diversity is spoken of."""
 TAXED = 1.1
@@ -66,7 +67,7 @@ def _best(results: Results, judge: str) -> str:
         return f"{judge} has compared nothing with {results['baseline']}."
     best, base = ranked[0], results["baseline"]
     entry = results["win_rates"][judge][best][base]
-    if not _significant(entry) or entry["mean"] <= 0.5:
+    if not _significant(entry) or entry["mean"] <= EVEN:
         return f"No method is clearly better than {base} by {judge}."
     won = f"it wins {entry['mean']:.0%} [{entry['low']:.0%}, {entry['high']:.0%}] of the comparisons with {base}"
     change = results["differences"].get(judge, {}).get(best)
@@ -75,59 +76,70 @@ def _best(results: Results, judge: str) -> str:
 
 
 def _ties(results: Results, judge: str) -> list[str]:
-    """Neighbours of the best that are within noise."""
+    """Methods that cannot be told from the best."""
     ranked = order(results, judge)
-    rates = results["win_rates"][judge]
-    same = [other for other in ranked[1:] if other in rates[ranked[0]] and not _significant(rates[ranked[0]][other])]
+    rates = results["win_rates"].get(judge, {}).get(ranked[0], {}) if ranked else {}
+    same = [other for other in ranked[1:] if other in rates and not _significant(rates[other])]
     if not same:
         return []
-    names = _listed(same)
-    return [f"There is no significant difference between {title(ranked[0])} and {names} (Holm, 5%)."]
+    return [f"There is no significant difference between {title(ranked[0])} and {_listed(same)} (Holm, 5%)."]
 
 
 def _losers(results: Results, judge: str) -> list[str]:
-    base, rates = results["baseline"], results["win_rates"].get(judge, {})
-    unclear = [m for m in order(results, judge) if not _significant(rates[m][base])]
-    worse = [m for m in order(results, judge) if _significant(rates[m][base]) and rates[m][base]["mean"] < 0.5]
+    base, rates, ranked = results["baseline"], results["win_rates"].get(judge, {}), order(results, judge)
+    unclear = [method for method in ranked if not _significant(rates[method][base])]
+    worse = [method for method in ranked if _clearly(results, judge, method) < 0]
     said = []
     if worse:
-        said.append(f"{_listed(worse)} fall behind {base}.")
-    if unclear and len(unclear) < len(order(results, judge)):
+        said.append(f"{_listed(worse)} {'fall' if len(worse) > 1 else 'falls'} behind {base}.")
+    if unclear and len(unclear) < len(ranked):
         said.append(f"{_listed(unclear)} cannot be told from {base}.")
     return said
 
 
+def _clearly(results: Results, judge: str, method: str) -> int:
+    """1 where a method significantly wins against the baseline, -1 where it loses, else 0."""
+    entry = results["win_rates"][judge][method][results["baseline"]]
+    if not _significant(entry):
+        return 0
+    return 1 if entry["mean"] > EVEN else -1
+
+
 def _other_judges(results: Results, judge: str) -> list[str]:
-    """Whether the other gold judges name the same best method; what the reward model says of it."""
-    said, best = [], order(results, judge)[:1]
+    """Which method the other judges put first; what the trained reward says of it is no judgement."""
+    said, first = [], order(results, judge)[:1]
     for entry in results["judges"]:
         other = entry["name"]
         ranked = order(results, other)
-        if other == judge or not ranked or not best:
+        if other == judge or not ranked or not first:
             continue
         if entry["role"] == "trained_on":
-            if ranked[0] != best[0]:
-                said.append(f"The reward that PPO is trained on puts {title(ranked[0])} first; it is no judge of it.")
-            continue
-        agrees = "agrees" if ranked[0] == best[0] else f"puts {title(ranked[0])} first"
-        said.append(f"{other} {agrees}.")
+            if ranked[0] != first[0]:
+                said.append(f"{other}, which methods were trained on, puts {title(ranked[0])} first; it is no judge.")
+        elif _clearly(results, other, ranked[0]) <= 0:
+            said.append(f"{other} puts no method clearly before {results['baseline']}.")
+        else:
+            said.append(f"{other} {'too ' if ranked[0] == first[0] else ''}puts {title(ranked[0])} first.")
     return said
 
 
 def _lengths(results: Results, judge: str) -> list[str]:
-    """Methods whose win rate changes its side, or loses its significance, once lengths are held equal."""
+    """Methods whose clear win or loss is not clear, or turns round, once lengths are held equal."""
     base, said = results["baseline"], []
     for method in order(results, judge):
-        entry = results["win_rates"][judge][method][base]
+        entry, side = results["win_rates"][judge][method][base], _clearly(results, judge, method)
         controlled = entry["length_controlled"]
-        if controlled is None or not _significant(entry):
+        if not side or controlled is None or controlled["low"] is None:
             continue
-        low, high = controlled["low"], controlled["high"]
-        if low is not None and high is not None and low <= 0.5 <= high:
-            said.append(
-                f"At equal length {title(method)}'s lead over {base} is not clear: {controlled['rate']:.0%} "
-                f"[{low:.0%}, {high:.0%}] instead of {entry['mean']:.0%}."
-            )
+        rate, low, high = (controlled[key] for key in ("rate", "low", "high"))
+        if low > EVEN if side > 0 else high < EVEN:
+            continue
+        turned = high < EVEN if side > 0 else low > EVEN
+        what = f"{title(method)}'s {'lead over' if side > 0 else 'loss to'} {base}"
+        said.append(
+            f"At equal length {what} {'turns round' if turned else 'is not clear'}: {rate:.0%} [{low:.0%}, {high:.0%}] "
+            f"instead of {entry['mean']:.0%}."
+        )
     return said
 
 
@@ -157,9 +169,9 @@ def _scope(results: Results) -> str:
     sampling, count = results["sampling"], len(results["seeds"])
     words = {
         "recipe": "Every method ran as its section of the recipe says; nothing was held equal",
-        "steps": "Every method made the same number of optimiser steps",
-        "tokens": "Every method trained on the same number of tokens",
-        "seconds": "Every method had the same seconds",
+        "steps": "Optimiser steps were held equal, as near as whole updates allow",
+        "tokens": "Tokens trained on were held equal, as near as a pilot of each method foretold",
+        "seconds": "Seconds of training were held equal, as near as a pilot of each method foretold",
     }[results["budget"]["kind"]]
     return (
         f"{words}. {count} training seed{'s' * (count != 1)}, {sampling['prompts']} held-out prompts x "

@@ -24,7 +24,7 @@ from pipeline.compare.contrasts import (
 )
 from pipeline.compare.gather import Evaluated, Gathered
 from pipeline.compare.notes import PER_PROMPT, notes
-from pipeline.compare.spent import cost_of, mean_cost, seconds_per_step
+from pipeline.compare.spent import cost_of, mean_cost, training_seconds
 from pipeline.compare.traces import curves, frontier, reward_models
 from pipeline.evaluation.contests import Decision
 from pipeline.evaluation.intervals import crossed_interval
@@ -65,11 +65,13 @@ def assemble(material: Material, run: Mapping[str, Any]) -> dict[str, Any]:
     won: dict[str, dict[tuple[str, str], Won]] = {judge: by_scores(gathered, judge) for judge in judges}
     scored = [SCORE] if gathered.has(SCORE) else []
     won |= {name: by_scores(gathered, name) for name in scored}
-    won |= {name: by_decisions(made, seeds(recipe)) for name, made in material.decisions.items()}
+    for name, made in material.decisions.items():
+        won[name] = by_decisions(made, seeds(recipe), as_one_seed=recipe.eval.judges[name].votes is not None)
     measured = measures(gathered, [*judges, *scored])
     described = judge_list(material, scored)
     about = {judge["name"]: judge["about"] for judge in described}
-    headline = recipe.compare.headline_judge or next((j["name"] for j in described if j["role"] == "gold"), None)
+    gold = [judge["name"] for judge in described if judge["role"] == "gold" and won[judge["name"]]]
+    headline = recipe.compare.headline_judge or next(iter(gold), None)
     results = {
         "version": VERSION,
         "name": recipe.name,
@@ -113,9 +115,11 @@ def measures(gathered: Gathered, judges: Sequence[str]) -> dict[str, dict[str, d
             interval = finite(crossed_interval(values, seed))
             del interval["p"]
             table[name] = {**interval, "per_seed": values.mean(1).tolist()}
-        for name in _whole(of[0]):
-            each = [_whole(evaluated)[name] for evaluated in of]
-            table[name] = {"mean": statistics.fmean(each), "low": None, "high": None, "per_seed": each}
+        whole = [_whole(evaluated) for evaluated in of]
+        for name in dict.fromkeys(name for each in whole for name in each):
+            known = [each[name] for each in whole if name in each]
+            values = [each.get(name) for each in whole]
+            table[name] = {"mean": statistics.fmean(known), "low": None, "high": None, "per_seed": values}
         found[method] = table
     return found
 
@@ -154,8 +158,13 @@ def budget(material: Material) -> dict[str, Any]:
         for method, of in material.gathered.of.items():
             if method != BASELINE:
                 realised[method] = statistics.fmean(each.manifest["metrics"][key] for each in of)
-    said = [f"{method}: {each.note}" for method, each in material.budgets.items() if each.note]
-    return {"kind": kind, "amount": amount, "realised": realised, "note": "; ".join(said)}
+    note = "" if kind == "seconds" else budget_note(material)
+    return {"kind": kind, "amount": amount, "realised": realised, "note": note}
+
+
+def budget_note(material: Material) -> str:
+    """How every method's steps were found. Under a budget of seconds it holds times."""
+    return "; ".join(f"{method}: {each.note}" for method, each in material.budgets.items() if each.note)
 
 
 def sampling(material: Material) -> dict[str, Any]:
@@ -179,11 +188,23 @@ def judge_list(material: Material, scored: Sequence[str]) -> list[dict[str, Any]
         details = dict(material.judge_details.get(name, {}))
         kind = "function" if judge.function else "llm" if judge.llm else "votes"
         about = details.pop("about", judge.function)
-        found.append({"name": name, "kind": kind, "role": "gold", "about": about, "details": details})
+        role = "trained_on" if name in trained_on(material.recipe) else "gold"
+        found.append({"name": name, "kind": kind, "role": role, "about": about, "details": details})
     if scored:
-        about = "the reward that PPO is trained on; never a judge of PPO"
-        found.append({"name": SCORE, "kind": "reward_model", "role": "trained_on", "about": about, "details": {}})
+        learnt = material.recipe.ppo.with_trained_model
+        about = "learnt from the preferences that methods learn from" if learnt else "the functions that PPO maximises"
+        kind = "reward_model" if learnt else "function"
+        found.append({"name": SCORE, "kind": kind, "role": "trained_on", "about": about, "details": {}})
     return found
+
+
+def trained_on(recipe: Recipe) -> list[str]:
+    """Judges that are functions which PPO maximises: they cannot say whether PPO is better."""
+    if "ppo" not in recipe.compare.methods:
+        return []
+    rewards = [(source.function, source.kwargs) for source in recipe.ppo.rewards.values()]
+    judges = recipe.eval.judges.items()
+    return [name for name, judge in judges if judge.function and (judge.function, judge.kwargs) in rewards]
 
 
 def hashes(material: Material) -> dict[str, Any]:
@@ -220,5 +241,9 @@ def costs(material: Material) -> dict[str, Any]:
         names = [step.stage for step in arms[0].steps if step.stage != BASELINE or method == BASELINE]
         found[method] = {"stages": names, **mean_cost(per_seed), "own": own, "per_seed": per_seed}
         if method != BASELINE:
-            found[method]["seconds_per_step"] = statistics.fmean(seconds_per_step(arm.policy) for arm in arms)
-    return {**found, "judges": {name: dict(cost) for name, cost in material.judge_costs.items()}}
+            found[method]["training_seconds"] = statistics.fmean(
+                sum(training_seconds(directory) for directory in each) for each in stages
+            )
+    note = budget_note(material) if material.recipe.compare.held_equal.kind == "seconds" else ""
+    judges = {name: dict(cost) for name, cost in material.judge_costs.items()}
+    return {**found, "judges": judges, "budget_note": note}

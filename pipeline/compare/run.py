@@ -23,7 +23,7 @@ from pipeline.compare.arms import Arm, Step, all_steps, folder, make_arms, rewar
 from pipeline.compare.budget import budgeted
 from pipeline.compare.gather import Gathered, gather
 from pipeline.compare.reading import price, reading
-from pipeline.compare.results import Material, assemble
+from pipeline.compare.results import Material, assemble, trained_on
 from pipeline.compare.terminal import say_results
 from pipeline.errors import UserError
 from pipeline.evaluation.contests import Decision, PairwiseJudge, contests_between
@@ -66,7 +66,8 @@ def compare(recipe: Recipe, options: Options) -> dict[str, Any]:
     console = Console(highlight=False)
     _refuse(recipe)
     prepare(recipe, _data_paths(recipe), console)
-    refuse_leaks(recipe.data)
+    for line in refuse_leaks(recipe.data):
+        console.print(line, markup=False, soft_wrap=True)
     out = folder(recipe)
     out.mkdir(parents=True, exist_ok=True)
     with only_one(out / ".compare.lock", f"another process is running the comparison in {out}."):
@@ -99,6 +100,11 @@ def _refuse(recipe: Recipe) -> None:
         raise UserError(
             f"compare.headline_judge: {named} is not in eval.judges.",
             mend=f"Name one of {', '.join(recipe.eval.judges) or 'none: eval.judges is empty'}.",
+        )
+    if named in trained_on(recipe):
+        raise UserError(
+            f"compare.headline_judge: {named} is a function of ppo.rewards: PPO is trained on it.",
+            mend="Name a judge that no method is trained on.",
         )
 
 
@@ -137,9 +143,21 @@ def _say_plan(arms: Sequence[Arm], options: Options, console: Console) -> None:
         stale = planned.state.startswith("stale")
         if stale and not options.overwrite:
             raise UserError(f"{planned.name}: {planned.note}", mend="Use --overwrite to replace it, or another `name`.")
+        if planned.state == "done":
+            _refuse_uncounted(step)
         words = {"done": "done", "resume": "goes on", "later": "depends on its inputs"}
         table.add_row(str(step.out), "is replaced" if stale else words.get(planned.state, "will run"))
     console.print(table)
+
+
+def _refuse_uncounted(step: Step) -> None:
+    """Stages of an earlier version have not counted what they took."""
+    counted = {"sft", "rm", "evaluate"} & {step.stage} or "models_in_memory" in read_manifest(step.out)
+    if not counted or (step.stage != "evaluate" and "trained_tokens" not in read_manifest(step.out)["metrics"]):
+        raise UserError(
+            f"{step.out} was made by an earlier version, which did not count tokens and steps.",
+            mend="Remove it: it is made anew.",
+        )
 
 
 def _decided(recipe: Recipe, gathered: Gathered, console: Console) -> dict[str, Any]:

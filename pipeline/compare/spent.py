@@ -19,9 +19,9 @@ def used_gpu(manifest: Mapping[str, Any]) -> bool:
     return not str(manifest["device"]).startswith("cpu")
 
 
-def seconds_of(manifest: Mapping[str, Any]) -> float:
-    """The whole stage's GPU seconds where it ran on a GPU, else its CPU seconds."""
-    return float(manifest["wall_seconds"] if used_gpu(manifest) else manifest["cpu_seconds"])
+def training_seconds(directory: Path) -> float:
+    """What a finished stage took in optimiser steps and rollouts: steps times `seconds_per_step`."""
+    return seconds_per_step(directory) * read_manifest(directory)["metrics"]["optimizer_steps"]
 
 
 def seconds_per_step(directory: Path) -> float:

@@ -28,7 +28,8 @@ KEY = "ballot_key.json"
 def write_ballot(contests: Sequence[Contest], folder: Path, seed: int) -> int:
     """Writes ballot, page and key of the contests, and returns the number of items.
 
-    Contests with two equal answers are left out; those with the same texts by the same methods are one item.
+    Contests with two equal answers are left out; those with the same texts by the same methods are one item. The key
+    keeps the items of earlier ballots in the folder, so that votes on them are known for what they are.
 
     Args:
         seed: of sides and order.
@@ -45,11 +46,12 @@ def write_ballot(contests: Sequence[Contest], folder: Path, seed: int) -> int:
         rows.append({"id": name, "prompt": first.prompt, "left": left[1], "right": right[1]})
         places = [{"prompt_index": c.prompt_index, "sample": c.sample, "seed": c.seed} for c in items[name]]
         key[name] = {"left": left[0], "right": right[0], "contests": places}
+    earlier = json.loads((folder / KEY).read_text(encoding="utf-8"))["items"] if (folder / KEY).exists() else {}
     (folder / BALLOT).parent.mkdir(parents=True, exist_ok=True)
     write_text(folder / BALLOT, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     # "<" would let an answer end the script that it stands in
     write_text(folder / PAGE, _PAGE.replace("ITEMS", json.dumps(rows).replace("<", "\\u003c")))
-    write_text(folder / KEY, json.dumps({"seed": seed, "items": key}, indent=1) + "\n")
+    write_text(folder / KEY, json.dumps({"seed": seed, "items": {**earlier, **key}}, indent=1) + "\n")
     return len(rows)
 
 
@@ -117,6 +119,7 @@ find("save").onclick = () => {
 };
 document.onkeydown = event => {
   const choice = {1: "left", 2: "tie", 3: "right"}[event.key];
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (choice && event.target !== find("rater")) vote(choice);
 };
 window.onbeforeunload = event => { if (!saved) event.preventDefault(); };

@@ -192,7 +192,7 @@ def _influence(pairs: _Pairs, wins: np.ndarray, strengths: np.ndarray, baseline:
     curvature = _curvature((wins + wins.T)[None], strengths[None])[0]
     inverse = np.zeros((methods, methods))
     inverse[np.ix_(free, free)] = np.linalg.inv(curvature[np.ix_(free, free)])
-    gains = pairs.judged.sum(1) * (inverse[:, pairs.first] - inverse[:, pairs.second])
+    gains = pairs.outcomes.shape[2] * (inverse[:, pairs.first] - inverse[:, pairs.second])
     return np.einsum("mn,nsp->msp", gains, pairs.outcomes - pairs.outcomes.mean((1, 2), keepdims=True))
 
 

@@ -12,7 +12,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -75,19 +76,20 @@ class ChatClient:
         self._settings = settings
         self._backoff_seconds = backoff_seconds
         self._random = random.Random()  # pauses must not move the generators that a run is seeded with
-        self._secret = os.environ.get(settings.api_key_env, "")
+        self._secret = _secret(name, settings.api_key_env)
         self._client: openai.AsyncOpenAI | None = None
 
     async def __aenter__(self) -> ChatClient:
         # A proxy that the environment names is for the world outside, not for this machine.
         here = urlsplit(self._settings.base_url).hostname in ("localhost", "127.0.0.1", "::1")
-        self._client = openai.AsyncOpenAI(
-            api_key=self._secret or NO_KEY,
-            base_url=self._settings.base_url,
-            max_retries=0,
-            timeout=None,
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not here),
-        )
+        with _without_openai_settings():
+            self._client = openai.AsyncOpenAI(
+                api_key=self._secret or NO_KEY,
+                base_url=self._settings.base_url,
+                max_retries=0,
+                timeout=None,
+                http_client=openai.DefaultAsyncHttpxClient(trust_env=not here),
+            )
         return self
 
     async def __aexit__(
@@ -173,6 +175,31 @@ class ChatClient:
         """One line of the text, cut, with the key struck out wherever a server repeats it."""
         line = " ".join((text.replace(self._secret, "***") if self._secret else text).split())
         return (line if len(line) <= SHOWN else line[:SHOWN] + "...").rstrip(".")
+
+
+def _secret(name: str, variable: str) -> str:
+    """The key in an environment variable, without blanks and line ends around it; "" where it is not set.
+
+    Errors:
+        UserError: it cannot be sent in a header. The key itself stands in no message.
+    """
+    secret = os.environ.get(variable, "").strip()
+    if not (secret.isascii() and secret.isprintable()):
+        raise UserError(
+            f"eval.judges.{name}.llm: the environment variable {variable} holds characters that no key has.",
+            mend="Export the key alone, without quotes, line ends or blanks inside.",
+        )
+    return secret
+
+
+@contextmanager
+def _without_openai_settings() -> Iterator[None]:
+    """The openai package would send an organisation, a project and headers that the environment names to any server."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def _reply(body: Any) -> Reply | None:

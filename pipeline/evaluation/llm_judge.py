@@ -201,9 +201,15 @@ class ChatJudge:
         shown = shown if first == "a" else shown[::-1]
         asked = question(self._template, self._settings.criterion, contest.prompt, *shown)
         messages = [{"role": "user", "content": asked}]
-        for _ in range(self._settings.retries + 1):
-            reply = await self._answer(messages, {"contest": contest.id, "first": first}, asking)
-            found = verdict(reply.text)
+        for tries in range(self._settings.retries + 1):
+            try:
+                reply = await self._answer(messages, {"contest": contest.id, "first": first}, asking)
+            except TooLong:
+                if tries:  # the question fitted, what was said since does not
+                    return None
+                raise
+            cut = reply.finish == "length" and not self._settings.constrain
+            found = None if cut else verdict(reply.text)
             if found is not None:
                 return found
             asking.last_answer = reply.text

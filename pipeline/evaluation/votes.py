@@ -20,8 +20,8 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,6 +145,7 @@ class VotesJudge:
         self._folder = folder
         self._say = say
         self._items = 0
+        self._retired = 0
         self._votes = Votes({}, {}, 0)
         self._decisions: list[Decision] = []
 
@@ -156,7 +157,7 @@ class VotesJudge:
         """
         self._items = write_ballot(contests, self._folder, BALLOT_SEED)
         if self._file.is_file():
-            self._votes = read_votes(self._file, self._folder / KEY)
+            self._read({contest.id for contest in contests})
         left = self._items - len(self._votes.choices)
         if left:
             self._say(
@@ -165,6 +166,15 @@ class VotesJudge:
             )
         self._decisions = [self._decide(contest) for contest in contests]
         return self._decisions
+
+    def _read(self, asked: Set[str]) -> None:
+        """Takes the votes on the contests `asked`; those on answers that are no longer compared are counted."""
+        found = read_votes(self._file, self._folder / KEY)
+        kept = {name: cast for name, cast in found.choices.items() if name in asked}
+        self._retired = sum(map(len, found.choices.values())) - sum(map(len, kept.values()))
+        self._votes = replace(found, choices=kept)
+        if self._retired:
+            self._say(f"judge {self.name}: {self._retired} votes are on answers that are not compared now.")
 
     def _decide(self, contest: Contest) -> Decision:
         if contest.response_a == contest.response_b:
@@ -183,6 +193,7 @@ class VotesJudge:
             "undecided": sum(decision.outcome is None for decision in self._decisions),
             "ballot_items": self._items,
             "items_voted_on": len(self._votes.choices),
+            "votes_on_other_answers": self._retired,
             "votes": {choice: cast[choice] for choice in CHOICES},
             "raters": self._votes.raters,
             "agreement": self._votes.agreement()._asdict(),
@@ -201,7 +212,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"{file} is not UTF-8 text: {error}.", mend="Save it as UTF-8.") from error
     read = _csv_rows if file.suffix.lower() == ".csv" else _json_rows
     for line, row in read(file, text):
-        fields = {key: str(row.get(key) or "").strip() for key in ("id", "vote", "rater")}
+        fields = {key: "" if row.get(key) is None else str(row[key]).strip() for key in ("id", "vote", "rater")}
         missing = [key for key in ("id", "vote") if not fields[key]]
         if missing:
             raise UserError(f"{file}:{line}: this row has no {missing[0]!r}.", mend="Write id, vote and rater.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,19 +49,16 @@ def generator(results: Row, method: str, seed: int) -> str:
 
 
 def write_exports(results: Row, samples: Sequence[Row], out: Path) -> Path:
-    """Writes `out/exports` anew and returns it: answer files, question files, and a guide.
+    """Writes `out/exports` and returns it: answer files, question files, and a guide; what others put there stays.
 
     Args:
         results: results.json.
-        samples: rows of samples.jsonl. A row's `instruction` is the question where it has one, else its `prompt`, which
-            is the text as the model read it, chat template and all.
+        samples: rows of samples.jsonl; a row's `prompt` is the question, a conversation's turns as one text.
     """
     folder = out / EXPORTS
-    if folder.exists():
-        shutil.rmtree(folder)
     rows = [row for row in samples if row["sample"] == SAMPLE]
     for tool in CATEGORY:
-        (folder / tool / "model_answer").mkdir(parents=True)
+        (folder / tool / "model_answer").mkdir(parents=True, exist_ok=True)
     _write_lines(folder / "arena_hard" / "question.jsonl", [_arena_question(row) for row in rows])
     _write_lines(folder / "mt_bench" / "question.jsonl", [_mt_question(row) for row in rows])
     for method in results["methods"]:
@@ -70,7 +66,7 @@ def write_exports(results: Row, samples: Sequence[Row], out: Path) -> Path:
             name = generator(results, method, seed)
             answers = [(row, _answer(row, method, seed)) for row in rows]
             directory = folder / "alpaca_eval" / name
-            directory.mkdir(parents=True)
+            directory.mkdir(parents=True, exist_ok=True)
             outputs = [_alpaca_output(row, answer, name, results["name"]) for row, answer in answers]
             write_text(directory / "model_outputs.json", json.dumps(outputs, ensure_ascii=False, indent=1) + "\n")
             file = f"{name}.jsonl"
@@ -88,26 +84,22 @@ def _answer(row: Row, method: str, seed: int) -> Row:
     return next(answer for answer in row["answers"][method] if answer["seed"] == seed)
 
 
-def _question(row: Row) -> str:
-    return row.get("instruction", row["prompt"])
-
-
 def _uid(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _alpaca_output(row: Row, answer: Row, name: str, dataset: str) -> dict[str, str]:
-    return {"instruction": _question(row), "output": answer["response"], "generator": name, "dataset": dataset}
+    return {"instruction": row["prompt"], "output": answer["response"], "generator": name, "dataset": dataset}
 
 
 def _arena_question(row: Row) -> dict[str, str]:
     category = CATEGORY["arena_hard"]
-    return {"uid": _uid(row["prompt"]), "category": category, "subcategory": category, "prompt": _question(row)}
+    return {"uid": _uid(row["prompt"]), "category": category, "subcategory": category, "prompt": row["prompt"]}
 
 
 def _arena_answer(row: Row, answer: Row, name: str) -> dict[str, Any]:
     messages = [
-        {"role": "user", "content": _question(row)},
+        {"role": "user", "content": row["prompt"]},
         {"role": "assistant", "content": {"answer": answer["response"]}},
     ]
     return {
@@ -136,7 +128,7 @@ def _style(text: str, tokens: int) -> dict[str, Any]:
 
 
 def _mt_question(row: Row) -> dict[str, Any]:
-    return {"question_id": row["prompt_index"], "category": CATEGORY["mt_bench"], "turns": [_question(row)]}
+    return {"question_id": row["prompt_index"], "category": CATEGORY["mt_bench"], "turns": [row["prompt"]]}
 
 
 def _mt_answer(row: Row, answer: Row, name: str) -> dict[str, Any]:

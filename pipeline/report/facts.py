@@ -151,11 +151,7 @@ class Facts:
             return "no verdict: no independent judge"
         difference = self.section("differences").get(self.headline, {}).get(method) or {}
         contest = self.win_rate(self.headline, method, self.baseline)
-        return difference.get("says") or contest.get("says") or f"not compared by {self.headline}"
-
-    def final_points(self, method: str) -> list[Mapping[str, Any]]:
-        """The frontier's points of finished policies that have a KL."""
-        return [point for point in self.points(method) if point.get("final")]
+        return contest.get("says") or difference.get("says") or f"not compared by {self.headline}"
 
     def points(self, method: str) -> Iterator[Mapping[str, Any]]:
         """The frontier's points of a method that have a KL, seed by seed in order of steps."""

@@ -129,8 +129,9 @@ def _three(value: float) -> str:
 
 
 def cost_figure(facts: Facts) -> Figure | None:
-    """The headline judge against cost; the shared start is a line, for the others build on it."""
-    judge = facts.headline
+    """A judge that scores, the headline one where it does, against cost; the shared start is a line."""
+    scoring = [name for name in (facts.headline, *facts.gold) if name is not None and facts.measured(name)]
+    judge = next(iter(scoring), None)
     key, unit = cost_measure(facts)
     if judge is None:
         return None

@@ -75,7 +75,7 @@ def _setting(facts: Facts) -> list[tuple[str, str]]:
         ("methods", f"{listed(facts.methods)}; the baseline is {facts.baseline}"),
         ("seeds", _seeds_in_words(facts)),
         ("SFT and reward model", shared.get(str(facts.results.get("shared_stages")), "not recorded")),
-        ("held equal", _budget_in_words(budget)),
+        ("held equal", _budget_in_words(budget, facts)),
         ("answers", _sampling_in_words(sampling)),
     ]
     if not facts.results.get("reward_model"):
@@ -90,15 +90,18 @@ def _seeds_in_words(facts: Facts) -> str:
     return f"{seeds}; intervals are over seeds and prompts"
 
 
-def _budget_in_words(budget: Mapping[str, Any]) -> str:
+def _budget_in_words(budget: Mapping[str, Any], facts: Facts) -> str:
     amount = finite(budget.get("amount"))
     if budget.get("kind") in (None, "recipe") or amount is None:
         text = "nothing: every method trains as its section of the recipe says"
     else:
         text = f"{number(amount, 0)} {budget['kind']} for each method"
-    realised = budget.get("realised") or {}
+    realised, costs = budget.get("realised") or {}, facts.section("cost")
+    if budget.get("kind") == "seconds":
+        seconds = {method: costs.get(method, {}).get("training_seconds") for method in facts.methods}
+        realised = {method: value and round(value) for method, value in seconds.items()}
     used = ", ".join(f"{method} {plain(value)}" for method, value in realised.items() if value is not None)
-    note = budget.get("note") or ""
+    note = budget.get("note") or costs.get("budget_note") or ""
     return ". ".join(part for part in (text, f"Realised: {used}" if used else "", note) if part)
 
 
@@ -235,9 +238,8 @@ def _advice(facts: Facts) -> Iterator[Part]:
     if advice.get("cautions"):
         yield Heading("What to mind")
         yield Bullets(advice["cautions"])
-    found = [(str(key).replace("_", " "), plain(value)) for key, value in (advice.get("facts") or {}).items()]
-    if found:
-        yield Fold("What the advice rests on", [Terms(found)])
+    if advice.get("found"):
+        yield Fold("What the advice rests on", [Bullets(advice["found"])])
 
 
 def _reason(facts: Facts, reason: Mapping[str, Any]) -> list[Cell]:

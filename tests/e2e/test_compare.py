@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import CHROMIUM, DESK, PHONE, launched, opened
 from tests.e2e.test_kill import PATIENCE_SECONDS, ended, family, wait_until
 from tests.e2e.test_vllm_judge import vllm_server
 from tests.pipeline.evaluation.chat_server import Request, Response, chat_server, refuses, says
@@ -55,6 +56,16 @@ def test_a_comparison_writes_page_tables_numbers_and_samples(compared: Workplace
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     assert {len(rows[0]["answers"][method]) for method in ("sft", "dpo")} == {1}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: the page is not opened")
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_its_page_opens_in_a_browser(compared: Workplace, tmp_path: Path, width: int) -> None:
+    with launched() as browser, opened(browser, compared.run / "compare" / "report.html", width) as page:
+        page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+        for section in ("summary", "frontier", "win-rates", "cost", "measures", "curves", "samples", "advice"):
+            assert page.locator(f"section#{section}").is_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_means_are_those_of_the_samples(compared: Workplace) -> None:

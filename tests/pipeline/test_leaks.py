@@ -53,17 +53,25 @@ def test_both_rows_are_named(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["The  film ", "THE FILM", "the\nfilm", "the \N{LATIN SMALL LIGATURE FI}lm"])
-def test_another_spelling_is_the_same_prompt(tmp_path: Path, spelling: str) -> None:
+def test_another_spelling_is_told_and_not_refused(tmp_path: Path, spelling: str) -> None:
+    """Public data are full of them, and the hash may put them on either side."""
     data = data_of(
         tmp_path,
         sft=[{"prompt": spelling, "split": "train"}],
-        prompts=[{"prompt": "the film", "split": "eval"}, {"prompt": " the film", "split": "eval"}],
+        prompts=[{"prompt": "the film", "split": "eval"}, {"prompt": "another", "split": "eval"}],
     )
-    told = (
-        r"prompts\.jsonl:1 is, but for case, whitespace or later turns, also a training prompt of data\.sft, at .*:1: "
-    )
-    with pytest.raises(UserError, match=told + r".* 1 more are trained on\. "):
-        refuse_leaks(data)
+    assert refuse_leaks(data) == [
+        "1 held-out prompts differ from a training prompt in case, whitespace or Unicode form alone"
+    ]
+
+
+def test_held_out_answers_and_demonstrations_are_not_trained_on_either(tmp_path: Path) -> None:
+    held_out, trained = {"prompt": "the film", "split": "eval"}, {"prompt": "the film", "split": "train"}
+    other = [{"prompt": "another", "split": "eval"}]
+    with pytest.raises(UserError, match=r"^data\.preferences: the held-out prompt at .* training prompt of data\.sft"):
+        refuse_leaks(data_of(tmp_path, sft=[trained], preferences=[held_out], prompts=other))
+    with pytest.raises(UserError, match=r"^data\.sft: the held-out prompt at .* training prompt of data\.preferences"):
+        refuse_leaks(data_of(tmp_path, sft=[held_out], preferences=[trained], prompts=other))
 
 
 def test_a_later_turn_of_a_trained_conversation_leaks(tmp_path: Path) -> None:
@@ -81,9 +89,9 @@ def test_a_later_turn_of_a_trained_conversation_leaks(tmp_path: Path) -> None:
 
 
 def test_prompts_that_ppo_trains_on_count_and_texts_without_a_prompt_do_not(tmp_path: Path) -> None:
-    spelt = [{"prompt": "the film", "split": "eval"}, {"prompt": "The film", "split": "train"}]
-    with pytest.raises(UserError, match=r"a training prompt of data\.prompts, at .*prompts\.jsonl:2"):
-        refuse_leaks(data_of(tmp_path, prompts=spelt))
+    held_out, trained = {"prompt": "the film", "split": "eval"}, {"prompt": "the film", "split": "train"}
+    with pytest.raises(UserError, match=r"a training prompt of data\.prompts, at .*prompts\.jsonl:1"):
+        refuse_leaks(data_of(tmp_path, sft=[held_out], prompts=[trained, {"prompt": "another", "split": "eval"}]))
     rows = [{"text": "the film", "split": "train"}, {"text": "an end", "split": "eval"}]
     texts = str(write_rows(tmp_path / "texts.jsonl", rows))
-    refuse_leaks(data_of(tmp_path, prompts=spelt[:1]).model_copy(update={"sft": texts}))
+    assert refuse_leaks(data_of(tmp_path, prompts=[held_out]).model_copy(update={"sft": texts})) == []

@@ -140,9 +140,9 @@ def test_prompts_in_two_forms_are_read_by_each_model_in_its_own(place: Workplace
 
 
 def test_a_leak_is_refused_before_anything_is_loaded(place: Workplace) -> None:
-    change_rows(place.path / "sft.jsonl", {5: {"prompt": "Film  1", "split": "train"}})
+    change_rows(place.path / "sft.jsonl", {5: {"prompt": "film 1", "split": "train"}})
     change_rows(place.path / "prompts.jsonl", {2: {"prompt": "film 1", "split": "eval"}})
-    told = r"prompts\.jsonl:3 is, but for case, .* of data\.sft, at sft\.jsonl:6: "
+    told = r"prompts\.jsonl:3 is also a training prompt of data\.sft, at sft\.jsonl:6: "
     with pytest.raises(UserError, match=told):
         run(stage_of(place))
 
@@ -176,6 +176,10 @@ def test_the_recipe_decides_what_is_scored_and_what_counts(place: Workplace) -> 
     assert "rewards.mine" in stage_inputs(load_recipe("recipe.yaml", named), "evaluate")
     with pytest.raises(UserError, match=r"eval\.reward_model is set, but no entry of ppo\.rewards"):
         load_recipe("recipe.yaml", [*scoring, *named])
+    before = mark()
+    judge = place.path / "length_judge.py"
+    judge.write_text(judge.read_text() + "# another opinion\n")
+    assert mark() != before
     for stage in ("ppo", "dpo"):
         inputs = dict.fromkeys(stage_inputs(plain, stage), "model")
         assert fingerprint(plain, stage, inputs) == fingerprint(scored, stage, inputs), "not of other stages"

@@ -72,7 +72,9 @@ def test_a_budget_has_directories_of_its_own_but_shares_sft_and_rm() -> None:
     assert outs(recipe)["ppo", 0] == ["runs/demo/sft", "runs/demo/rm", "runs/demo/compare-steps-400/seed0/ppo"]
 
 
-@pytest.mark.parametrize("budget", ["steps", "steps=0", "epochs=3", "steps=-1", "tokens=1e", "seconds=ten"])
+@pytest.mark.parametrize(
+    "budget", ["steps", "steps=0", "epochs=3", "steps=-1", "tokens=1e", "seconds=ten", "tokens=1e999"]
+)
 def test_a_budget_that_cannot_be_read_is_refused(budget: str) -> None:
     with pytest.raises(UserError, match=r"compare\.budget: write it as steps=400"):
         demo("--compare.budget", budget)

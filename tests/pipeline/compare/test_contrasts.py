@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.compare.answers import prompts_and_answers, side_by_side
 from pipeline.compare.contrasts import by_decisions, by_scores, differences, ranking, win_rates
-from pipeline.evaluation.contests import Contest, Decision
+from pipeline.evaluation.contests import EQUAL, Contest, Decision
 from tests.pipeline.compare.build import gathered
 
 
@@ -74,20 +74,38 @@ def test_decisions_become_a_table_of_the_prompts_that_every_seed_decided() -> No
         decided("sft", "dpo", 0, 1, 0.5),
         decided("sft", "dpo", 1, 1, None),
     ]
-    won = by_decisions(made, [0, 1])["sft", "dpo"]
+    won = by_decisions(made, [0, 1], as_one_seed=False)["sft", "dpo"]
     assert won.outcome.tolist() == [[1.0], [0.0]]
     assert won.lengths.tolist() == [[[2.0]], [[-1.0]]]
+    assert by_decisions(made[2:], [0, 1], as_one_seed=False) == {}
 
 
-def test_decisions_that_share_no_prompt_between_seeds_count_as_of_one() -> None:
-    made = [decided("sft", "dpo", 0, 3, 1.0), decided("sft", "dpo", 1, 7, 0.0), decided("sft", "dpo", 1, 9, 0.5)]
-    assert by_decisions(made, [0, 1])["sft", "dpo"].outcome.tolist() == [[1.0, 0.0, 0.5]]
+def test_every_vote_counts_whichever_seed_it_is_of() -> None:
+    made = [
+        decided("dpo", "sft", 0, 3, 1.0, ("abc", "a")),
+        decided("dpo", "sft", 1, 3, 0.0, ("a", "a b c")),
+        decided("dpo", "sft", 1, 7, 0.0),
+        decided("dpo", "sft", 1, 9, None),
+    ]
+    won = by_decisions(made, [0, 1], as_one_seed=True)["dpo", "sft"]
+    assert won.prompts == (3, 7)
+    assert won.outcome.tolist() == [[0.5, 0.0]]
+    assert won.lengths.tolist() == [[[-1.0], [0.0]]]  # the mean of 2 and -4
+
+
+def test_equal_answers_are_ties_only_where_all_others_were_voted_on() -> None:
+    voted = decided("dpo", "sft", 0, 0, 1.0)
+    equal = Decision(decided("dpo", "sft", 0, 1, 0.5, ("x", "x")).contest, 0.5, reason=EQUAL)
+    missing = decided("dpo", "sft", 0, 2, None)
+    assert by_decisions([voted, equal], [0], as_one_seed=True)["dpo", "sft"].outcome.tolist() == [[1.0, 0.5]]
+    assert by_decisions([voted, equal, missing], [0], as_one_seed=True)["dpo", "sft"].outcome.tolist() == [[1.0]]
+    assert by_decisions([equal, missing], [0], as_one_seed=True) == {}
 
 
 def test_votes_on_different_prompts_are_ranked_together() -> None:
     made = [decided("dpo", "sft", 0, prompt, 1.0) for prompt in range(6)]
     made += [decided("ppo", "sft", 0, prompt, outcome) for prompt, outcome in ((2, 1.0), (7, 0.0), (9, 0.5))]
-    won = by_decisions(made, [0])
+    won = by_decisions(made, [0], as_one_seed=True)
     assert won["ppo", "sft"].prompts == (2, 7, 9)
     assert ranking(won, ["sft", "dpo", "ppo"], 0)[0]["method"] == "dpo"
     assert ranking(won, ["sft", "dpo", "ppo", "kto"], 0) == []

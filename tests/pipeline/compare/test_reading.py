@@ -74,14 +74,34 @@ def test_a_lead_that_length_explains_is_said() -> None:
     assert said == ["At equal length DPO's lead over sft is not clear: 51% [47%, 55%] instead of 66%."]
 
 
+def test_a_lead_that_turns_round_at_equal_length_and_a_loss_that_length_explains_are_said() -> None:
+    found = results()
+    found["win_rates"]["gold"]["dpo"]["sft"] = rate(0.6, controlled=(0.4, 0.35, 0.45))
+    found["win_rates"]["gold"]["simpo"]["sft"] = rate(0.4, controlled=(0.5, 0.46, 0.54))
+    said = reading(found)
+    assert "At equal length DPO's lead over sft turns round: 40% [35%, 45%] instead of 60%." in said
+    assert "At equal length SimPO's loss to sft is not clear: 50% [46%, 54%] instead of 40%." in said
+    assert "SimPO falls behind sft." in said
+
+
 def test_the_trained_reward_is_no_judge_and_other_judges_are_heard() -> None:
     found = results()
     turned = copy.deepcopy(found["win_rates"]["gold"])
     turned["dpo"]["sft"] = rate(0.95)
-    found["win_rates"] |= {"score": turned, "other": turned}
-    found["judges"].append({"name": "other", "role": "gold"})
-    assert "The reward that PPO is trained on puts DPO first; it is no judge of it." in reading(found)
-    assert "other puts DPO first." in reading(found)
+    unsure = copy.deepcopy(turned)
+    unsure["dpo"]["sft"] = rate(0.95, 0.3)
+    found["win_rates"] |= {"score": turned, "other": turned, "same": found["win_rates"]["gold"], "unsure": unsure}
+    found["judges"] += [{"name": name, "role": "gold"} for name in ("other", "same", "unsure")]
+    said = reading(found)
+    assert "score, which methods were trained on, puts DPO first; it is no judge." in said
+    assert "other puts DPO first." in said
+    assert "same too puts PPO first." in said
+    assert "unsure puts no method clearly before sft." in said
+
+
+def test_a_headline_judge_that_compared_nothing_is_told() -> None:
+    found = results() | {"win_rates": {}, "differences": {}}
+    assert reading(found)[0] == "gold has compared nothing with sft."
 
 
 def test_lost_diversity_and_alignment_tax_are_said() -> None:

@@ -174,9 +174,10 @@ def test_prompts_that_were_not_judged_do_not_count() -> None:
     kept = {each.method: each for each in rank({pair: missing[:, :40]}, ["sft", "ppo"], "sft", 0)}
     assert found["ppo"].strength == pytest.approx(kept["ppo"].strength, abs=1e-9)
     assert found["ppo"].high - found["ppo"].low == pytest.approx(kept["ppo"].high - kept["ppo"].low, rel=0.1)
-    seeds = np.tile(missing, (3, 1))
-    seeds[0, 0], seeds[1, 0], seeds[2, 0] = 0.0, 0.5, 1.0
-    assert rank({pair: seeds}, ["sft", "ppo"], "sft", 0, 99)[0].high > 1000
+    differing = np.stack([np.repeat([1.0, 0.0], [won, 40 - won]) for won in (16, 24, 32)])
+    padded = np.concatenate([differing, np.full((3, 120), np.nan)], axis=1)
+    wide, same = (rank({pair: table}, ["sft", "ppo"], "sft", 0)[0] for table in (differing, padded))
+    assert same.high - same.low == pytest.approx(wide.high - wide.low, rel=0.1)
 
 
 def test_one_prompt_has_no_interval() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 import itertools
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -151,6 +152,30 @@ def test_the_key_is_sent_and_nowhere_else(
     everything = f"{chain} {judge.details()} {judge.costs()} {judge.about} {caplog.text} {shown} {written}"
     assert "hush-hush" not in everything
     assert "provided: ***" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nX-Other: {KEY}", f"\N{LEFT DOUBLE QUOTATION MARK}{KEY}", f"{KEY}\tb"])
+def test_a_key_that_no_header_holds_is_refused_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with chat_server(lambda _: says("A")) as server:
+        with pytest.raises(UserError, match="variable JUDGE_KEY holds characters that no key has") as caught:
+            judge_at(server.url, tmp_path, api_key_env="JUDGE_KEY").decide(contests(1))
+        assert server.requests == []
+    assert "hush-hush" not in str(caught.value)
+
+
+def test_nothing_but_the_key_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\r\n")  # as a file of secrets gives it
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "elsewhere")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "x-elsewhere: elsewhere")
+    with chat_server(lambda _: says("A")) as server:
+        judge_at(server.url, tmp_path, api_key_env="JUDGE_KEY").decide(contests(1))
+        assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
+        assert "elsewhere" not in str(server.requests[0].headers)
+    assert os.environ["OPENAI_ORG_ID"] == "elsewhere"
 
 
 def test_a_server_that_asks_for_no_key_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

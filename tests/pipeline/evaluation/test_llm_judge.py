@@ -126,6 +126,31 @@ def test_a_contest_that_stays_without_a_verdict_has_no_outcome(tmp_path: Path) -
         assert again.details() == judge.details()
 
 
+def test_an_answer_that_was_cut_off_is_no_verdict(tmp_path: Path) -> None:
+    """It ends at a heading here, before the judge has come to its point."""
+
+    def behave(request: Request) -> Response:
+        first = len(request.body["messages"]) == 1
+        return says("Let me compare them.\n\n**Answer A**", finish_reason="length") if first else longer(request)
+
+    with chat_server(behave) as server:
+        assert [d.outcome for d in judge_at(server.url, tmp_path).decide(contests(2))] == [1.0] * 2
+        assert len(server.requests) == 8
+
+
+def test_a_conversation_that_outgrows_the_judge_was_no_question_too_long(tmp_path: Path) -> None:
+    def behave(request: Request) -> Response:
+        if "prompt 0\n" not in request.question:
+            return longer(request)
+        again = len(request.body["messages"]) > 1
+        return refuses(400, "maximum context length is 9 tokens") if again else says("Hard to say.")
+
+    with chat_server(behave) as server:
+        judge = judge_at(server.url, tmp_path)
+        assert [(d.outcome, d.reason) for d in judge.decide(contests(2))] == [(None, NO_VERDICT), (1.0, "")]
+    assert judge.details()["too_long"] == 0
+
+
 def test_a_prompt_too_long_for_the_judge_has_no_outcome(tmp_path: Path) -> None:
     def behave(request: Request) -> Response:
         long = "prompt 0\n" in request.question

@@ -79,6 +79,20 @@ def test_votes_become_decisions(tmp_path: Path, suffix: str) -> None:
     assert "1 of 3 items have no votes" in said[0]
 
 
+def test_votes_on_answers_that_are_compared_no_more_are_counted_and_kept_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    file, folder = tmp_path / "votes.jsonl", tmp_path / "people"
+    write_ballot(CONTESTS[:3], folder, seed=0)
+    votes = [{"id": row["id"], "vote": "left", "rater": 0} for row in rows_of(folder)]
+    file.write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+    judge = VotesJudge("people", file, folder, said.append)
+    assert [d.outcome is None for d in judge.decide(CONTESTS[1:5])] == [False, False, True, True]
+    assert "1 votes are on answers that are not compared now" in said[0]
+    assert (judge.details()["items_voted_on"], judge.details()["votes_on_other_answers"]) == (2, 1)
+    assert judge.details()["raters"] == 1
+    assert all(d.outcome is not None for d in VotesJudge("people", file, folder, said.append).decide(CONTESTS[:3]))
+
+
 def test_without_a_file_the_ballot_is_written_and_nothing_decided(tmp_path: Path) -> None:
     said: list[str] = []
     judge = VotesJudge("people", tmp_path / "votes.jsonl", tmp_path / "people", said.append)

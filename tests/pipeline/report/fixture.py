@@ -307,6 +307,7 @@ NOTES = {
 ADVICE = {
     "recommended": "ppo",
     "also": ["dpo"],
+    "found": ["feedback: 2,000 rankings", "machine: no GPU"],
     "facts": {"feedback": "rankings", "comparisons": 12000},
     "reasons": [
         {"for": "ppo", "speaks": "for", "weight": "measured", "text": "On this data: ppo wins.", "source": "measured"},

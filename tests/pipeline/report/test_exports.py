@@ -141,15 +141,16 @@ def test_mt_bench_finds_questions_and_answers(tmp_path: Path) -> None:
         assert by_id[1]["model_id"] == file.stem
 
 
-def test_exports_are_written_anew_and_the_same(tmp_path: Path) -> None:
+def test_exports_are_the_same_each_time_and_what_others_put_there_stays(tmp_path: Path) -> None:
     def contents() -> dict[str, bytes]:
         return {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
     write_exports(results(), samples(), tmp_path)
     before = contents()
-    (tmp_path / "exports" / "mt_bench" / "model_answer" / "old.jsonl").write_text("")
+    paid_for = tmp_path / "exports" / "alpaca_eval" / "annotations.json"
+    paid_for.write_text("[]")
     write_exports(results(), samples(), tmp_path)
-    assert contents() == before
+    assert contents() == before | {str(paid_for): b"[]"}
     guide = (tmp_path / "exports" / "README.md").read_text()
     assert "--baseline-model demo-sft-seed0" in guide
 
