@@ -182,7 +182,8 @@ STATS = (
             "np.tanh((strengths[:, :, None] - strengths[:, None, :]) / 2)",
             "np.tanh(strengths[:, :, None] - strengths[:, None, :])",
         ),
-        ("gains = pairs.judged.sum(1) * (", "gains = ("),
+        ("gains = pairs.outcomes.shape[2] * (", "gains = ("),
+        ("gains = pairs.outcomes.shape[2] * (", "gains = pairs.judged.sum(1) * ("),
         (
             "inverse[:, pairs.first] - inverse[:, pairs.second]",
             "inverse[:, pairs.first] + inverse[:, pairs.second] * 0",

@@ -176,7 +176,8 @@ def test_prompts_that_were_not_judged_do_not_count() -> None:
     assert found["ppo"].high - found["ppo"].low == pytest.approx(kept["ppo"].high - kept["ppo"].low, rel=0.1)
     differing = np.stack([np.repeat([1.0, 0.0], [won, 40 - won]) for won in (16, 24, 32)])
     padded = np.concatenate([differing, np.full((3, 120), np.nan)], axis=1)
-    wide, same = (rank({pair: table}, ["sft", "ppo"], "sft", 0)[0] for table in (differing, padded))
+    wide, same = (rank({pair: table}, ["sft", "ppo"], "sft", 0)[1] for table in (differing, padded))
+    assert wide.method == "ppo"
     assert same.high - same.low == pytest.approx(wide.high - wide.low, rel=0.1)
 
 

@@ -155,13 +155,6 @@ def test_exports_are_the_same_each_time_and_what_others_put_there_stays(tmp_path
     assert "--baseline-model demo-sft-seed0" in guide
 
 
-def test_a_question_of_its_own_stands_in_for_the_prompt(tmp_path: Path) -> None:
-    rows = [{**row, "instruction": f"plain {row['prompt_index']}"} for row in samples()]
-    folder = write_exports(results(), rows, tmp_path)
-    outputs = json.loads((folder / "alpaca_eval" / "demo-sft-seed0" / "model_outputs.json").read_text())
-    assert [row["instruction"] for row in outputs] == ["plain 0", "plain 1"]
-
-
 def test_tables_hold_headline_win_rates_costs_and_first_samples() -> None:
     tables = tables_of(results(), samples())
     assert tables["headline"][1] == [["sft", "gold", 0.5, None, None], ["dpo", "gold", 0.5, None, None]]

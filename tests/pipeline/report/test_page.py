@@ -70,7 +70,7 @@ def test_the_headline_table_says_what_results_json_says(page: str) -> None:
         "9.40 [9.10, 9.70]",
         "8.30 [7.90, 8.70]",
         "9.80 min",
-        "ppo raises the judge",
+        "ppo wins against sft",
     ]
     assert rows[0][2:4] == ["baseline", "baseline"]
     assert rows[4][-1] == "no significant difference between simpo and sft"
@@ -217,7 +217,7 @@ def test_a_pairwise_headline_has_no_mean_but_win_rates(tmp_path: Path) -> None:
     head, _, dpo = table(page, "Each method on the same held-out prompts")
     assert head[1] == "win rate against sft"
     assert dpo[-1] == "dpo wins against sft"
-    assert "it needs a judge that scores answers" in page.all("section", id="cost")[0].text
+    assert "vader against CPU time" in page.all("section", id="cost")[0].text
 
 
 def test_a_ranking_that_does_not_exist_is_said(tmp_path: Path) -> None:
