@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.artifacts import read_manifest
+from pipeline.tracking import read_metrics
 from tests.browser import CHROMIUM, DESK, PHONE, launched, opened
 from tests.e2e.test_kill import PATIENCE_SECONDS, ended, family, wait_until
 from tests.e2e.test_vllm_judge import vllm_server
@@ -159,7 +161,7 @@ def test_vllm_s_server_is_the_judge_of_a_comparison(tmp_path: Path) -> None:
     place = make_workplace(tmp_path / "work")
     with vllm_server(ROOT / "assets" / "demo-base", tmp_path) as (url, _):
         keys = ("--eval.judges.critic.llm.model", "critic", "--eval.judges.critic.llm.constrain", "true")
-        short = ("--eval.judges.critic.llm.template", "A: {a} B: {b} Which one answers {prompt} best?")
+        short = ("--eval.judges.critic.llm.template", "First {a} then {b} - which one answers {prompt} best?")
         done = place.tristage(*WORDS, *with_critic(url), *keys, *short)
     assert done.returncode == 0, done.stderr[-3000:]
     found = results(place)
@@ -190,32 +192,54 @@ def test_two_comparisons_are_equal_but_for_times_and_so_is_one_that_was_killed(t
     assert found["measures"]["ppo"]["score"]["low"] is not None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("budget", "key"), [("steps=8", "optimizer_steps"), ("tokens=2000", "trained_tokens")])
-def test_a_budget_holds_steps_or_tokens_equal(tmp_path: Path, budget: str, key: str) -> None:
-    place = make_workplace(tmp_path / "work")
+def compared_under(place: Workplace, budget: str) -> dict[str, Any]:
+    """Results of PPO and DPO under a budget; every method stands in the list with its realised steps and tokens."""
     done = place.tristage("compare", "recipe.yaml", "--methods", "ppo,dpo", "--seeds", "1", "--budget", budget)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = results(place, f"compare-{budget.replace('=', '-')}")
-    amount = float(budget.partition("=")[2])
-    assert found["budget"]["amount"] == amount
-    for method in ("ppo", "dpo"):
-        assert found["budget"]["realised"][method] == pytest.approx(
-            amount, rel=0.0 if key == "optimizer_steps" else 0.3
-        )
-        assert found["measures"][method][key]["mean"] == found["budget"]["realised"][method]
+    return results(place, f"compare-{budget.replace('=', '-')}")
+
+
+def pilot(place: Workplace, budget: str, stage: str) -> Workplace:
+    """The pilot of a stage, as a workplace of its own."""
+    return Workplace(place.run / f"compare-{budget.replace('=', '-')}" / "pilot" / stage)
+
+
+def steps_of(found: dict[str, Any], method: str) -> float:
+    return found["measures"][method]["optimizer_steps"]["mean"]
 
 
 @pytest.mark.slow
-def test_a_budget_of_seconds_counts_the_reward_model(tmp_path: Path) -> None:
+def test_a_budget_holds_steps_equal(tmp_path: Path) -> None:
+    found = compared_under(make_workplace(tmp_path / "work"), "steps=8")
+    assert found["budget"]["realised"] == {"ppo": 8, "dpo": 8}
+    assert (steps_of(found, "ppo"), steps_of(found, "dpo")) == (8, 8)
+
+
+@pytest.mark.slow
+def test_a_budget_of_tokens_divides_them_by_a_pilots(tmp_path: Path) -> None:
     place = make_workplace(tmp_path / "work")
-    words = ("compare", "recipe.yaml", "--methods", "ppo,dpo", "--seeds", "1", "--budget")
-    refused = place.tristage(*words, "seconds=0.1")
+    found = compared_under(place, "tokens=2000")
+    short = {name: read_manifest(pilot(place, "tokens=2000", name).path)["metrics"] for name in ("ppo", "dpo")}
+    each = short["dpo"]["trained_tokens"] / short["dpo"]["optimizer_steps"]
+    assert steps_of(found, "dpo") == round(2000 / each)
+    assert steps_of(found, "ppo") == 4 * round(2000 / (short["ppo"]["trained_tokens"] / 2))  # of its two updates
+    assert found["budget"]["realised"]["dpo"] == found["measures"]["dpo"]["trained_tokens"]["mean"]
+
+
+@pytest.mark.slow
+def test_a_budget_of_seconds_counts_the_reward_models_steps(tmp_path: Path) -> None:
+    place = make_workplace(tmp_path / "work")
+    words = ("compare", "recipe.yaml", "--methods", "ppo,dpo", "--seeds", "1", "--budget", "seconds=0.001")
+    refused = place.tristage(*words)
     assert refused.returncode == 2
-    assert "reward model alone took" in refused.stderr
-    spent = place.manifest("rm")["cpu_seconds"]
-    done = place.tristage(*words, f"seconds={spent + 4:.1f}", "--methods", "ppo")
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = results(place, f"compare-seconds-{spent + 4:.1f}")
-    steps = found["measures"]["ppo"]["optimizer_steps"]["mean"]
-    assert 1 <= steps * found["cost"]["ppo"]["seconds_per_step"] <= 12
+    assert "ppo's reward model and critic alone train for" in refused.stderr
+    found = compared_under(place, "seconds=4")
+    step = read_manifest(pilot(place, "seconds=4", "dpo").path)["step_seconds"]["cpu"]
+    assert steps_of(found, "dpo") == round(4 / step)
+    model = place.manifest("rm")
+    before = model["step_seconds"]["cpu"] * model["metrics"]["optimizer_steps"]
+    update = [
+        row["time/cpu_seconds"] for row in read_metrics(pilot(place, "seconds=4", "ppo").path) if "val/ratio" in row
+    ]
+    assert steps_of(found, "ppo") == 4 * round((4 - before) / update[1])
+    assert found["cost"]["dpo"]["training_seconds"] > 0
