@@ -165,7 +165,8 @@ def _summed(
     model: PreTrainedModel, hidden: Tensor, rows: Tensor, ids: Tensor, owner: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
     head = output_head(model)
-    logprobs = logprobs_from_hidden(hidden[rows], head.weight, ids, bias=head.bias, with_entropy=False).logprobs
+    chosen = hidden.index_select(0, rows)  # hidden[rows] adds up its gradient in an order that threads decide
+    logprobs = logprobs_from_hidden(chosen, head.weight, ids, bias=head.bias, with_entropy=False).logprobs
     sums = logprobs.new_zeros(count).index_add(0, owner, logprobs)
     return sums, torch.bincount(owner, minlength=count).to(sums.dtype)
 

@@ -192,7 +192,7 @@ class IftObjective:
         fused = temporal_residual(embedded, further, self.weight)
         hidden = model.base_model(inputs_embeds=fused, use_cache=False).last_hidden_state.flatten(0, 1)
         scores = logprobs_from_hidden(
-            hidden[inputs["rows"]], head.weight, inputs["ids"], bias=head.bias, with_entropy=False
+            hidden.index_select(0, inputs["rows"]), head.weight, inputs["ids"], bias=head.bias, with_entropy=False
         ).logprobs
         dense = torch.zeros(ids.numel(), dtype=scores.dtype, device=ids.device).index_put((inputs["rows"] + 1,), scores)
         return ift_loss(dense.view(-1, stride), answers, gamma=self.section.gamma, denominator=sizes.rows)

@@ -8,7 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from policy.answers import AnswerBatch, Group, answer_logprobs, attention, can_share_prompts, collate_answers, positions
+from policy.answers import (
+    AnswerBatch,
+    Group,
+    _summed,
+    answer_logprobs,
+    attention,
+    can_share_prompts,
+    collate_answers,
+    positions,
+)
 from policy.models import load_policy
 from tests.policy.conftest import tiny_config
 
@@ -55,6 +64,29 @@ def test_sums_and_gradients_are_those_of_each_row_alone(policy_dir: Path, shared
     (torch.stack(alone(model, GROUPS)[0]) @ weights).backward()
     for one, two in zip(found, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_the_same_bits_however_threads_run() -> None:
+    """A prompt's last token predicts the first of all its answers, so that their gradients are added up."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=256, n_layer=1, n_head=2, n_positions=8)).eval()
+    group = Group([1, 5, 6], [[7 + k % 20, *([8 + k % 9] * 5), 2] for k in range(300)])
+    batch = collate_answers([group] * 3, 0, shared=True)  # the middle one is halved by two threads
+    width = model.config.hidden_size
+    hidden = torch.randn(batch.input_ids.numel(), width, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(20):
+            leaf = hidden.clone().requires_grad_()
+            sums, _ = _summed(model, leaf, batch.rows, batch.ids, batch.owner, len(batch.group))
+            sums.square().sum().backward()
+            assert leaf.grad is not None
+            found.append(leaf.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grad, found[0]) for grad in found)
 
 
 def test_layout_by_hand() -> None:
