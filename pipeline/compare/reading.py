@@ -71,7 +71,7 @@ def _best(results: Results, judge: str) -> str:
         return f"No method is clearly better than {base} by {judge}."
     won = f"it wins {entry['mean']:.0%} [{entry['low']:.0%}, {entry['high']:.0%}] of the comparisons with {base}"
     change = results["differences"].get(judge, {}).get(best)
-    moved = f", a mean of {change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]" if change else ""
+    moved = f", a mean change of {change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]" if change else ""
     return f"{title(best)} gains most by {judge}: {won}{moved}."
 
 

@@ -42,7 +42,8 @@ def results() -> dict[str, Any]:
 
 def test_the_best_method_is_named_with_its_win_rate_and_its_gain() -> None:
     assert reading(results())[0] == (
-        "PPO gains most by gold: it wins 81% [78%, 84%] of the comparisons with sft, a mean of +0.500 [+0.400, +0.600]."
+        "PPO gains most by gold: it wins 81% [78%, 84%] of the comparisons with sft, a mean change of +0.500 "
+        "[+0.400, +0.600]."
     )
     assert order(results(), "gold") == ["ppo", "dpo", "simpo"]
 
