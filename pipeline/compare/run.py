@@ -151,9 +151,8 @@ def _say_plan(arms: Sequence[Arm], options: Options, console: Console) -> None:
 
 
 def _refuse_uncounted(step: Step) -> None:
-    """Stages of an earlier version have not counted what they took."""
-    counted = {"sft", "rm", "evaluate"} & {step.stage} or "models_in_memory" in read_manifest(step.out)
-    if not counted or (step.stage != "evaluate" and "trained_tokens" not in read_manifest(step.out)["metrics"]):
+    """A stage of an earlier version has not counted what it took."""
+    if step.stage != "evaluate" and "trained_tokens" not in read_manifest(step.out)["metrics"]:
         raise UserError(
             f"{step.out} was made by an earlier version, which did not count tokens and steps.",
             mend="Remove it: it is made anew.",
