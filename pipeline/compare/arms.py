@@ -121,12 +121,13 @@ def _arm(recipe: Recipe, changed: Recipe, method: str, seed: int) -> Arm:
 def method_steps(recipe: Recipe, own: Recipe, method: str, seed: int) -> list[Step]:
     """The stages that `method` needs after SFT: the reward model where it reads one, then its own."""
     shared = shared_recipe(recipe, seed)
-    inputs = {
-        role: str(run_directory(shared) / entry.made_by)
+    made_by = {
+        role: entry.made_by
         for role, entry in stage_inputs(own, method).items()
         if entry.made_by and not _named(own, entry.key)
     }
-    needs = [Step(Path(path).name, shared, {}) for path in inputs.values() if Path(path).name != "sft"]
+    inputs = {role: str(run_directory(shared) / stage) for role, stage in made_by.items()}
+    needs = [Step(stage, shared, {}) for stage in made_by.values() if stage != BASELINE]
     return [*needs, Step(method, own, inputs)]
 
 
