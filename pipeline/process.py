@@ -14,14 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
 
-_PARENT = "TRISTAGE_PARENT"
-_LOCK = "TRISTAGE_LOCK"
+PARENT = "TRISTAGE_PARENT"
+LOCK = "TRISTAGE_LOCK"
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 LOCK_PATIENCE_SECONDS = 2.0
@@ -40,57 +40,98 @@ class Ended:
     interrupted_by: int | None
 
 
-def run_child(words: Sequence[str], *, lock: int) -> Ended:
+def run_child(
+    words: Sequence[str], *, lock: int, environment: Mapping[str, str] | None = None, is_ours: bool = True
+) -> Ended:
     """Runs a command to its end and reports how it ended.
 
     SIGINT, SIGTERM and SIGHUP are passed on as one SIGTERM; the second such signal kills the command and all that it
     started. The command holds the lock too, so that nobody takes over while it lives.
 
+    SIGUSR1 is passed on as it is, and counts as no interruption. One of ours is not ended by it while it starts.
+
     Args:
         lock: file descriptor from `only_one`.
+        environment: what the command's has beside this process's own.
+        is_ours: the command calls `join_parent`; one that starts processes elsewhere must not.
     """
-    received: list[int] = []
-    children: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        received.append(number)
-        for child in children:
-            _signal(child, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
-
-    previous = {number: signal.getsignal(number) for number in _PASSED_ON}
+    relay = _Relay()
+    previous = {number: signal.getsignal(number) for number in (*_PASSED_ON, signal.SIGUSR1)}
     try:
         for number, handler in previous.items():
             if handler is not signal.SIG_IGN:
-                signal.signal(number, pass_on)
-        environment = os.environ | {
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-            _PARENT: str(os.getpid()),
-            _LOCK: str(lock),
-        }
-        child = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, process_group=0, pass_fds=(lock,))
-        children.append(child)
-        if received:
-            _signal(child, signal.SIGTERM)
-        return Ended(_wait(child), received[0] if received else None)
+                signal.signal(number, relay.ask if number == signal.SIGUSR1 else relay.stop)
+        ours = {PARENT: str(os.getpid()), LOCK: str(lock)} if is_ours else {}
+        waiting = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+        with deaf_to_requests() if is_ours else contextlib.nullcontext():
+            child = subprocess.Popen(
+                words,
+                env=os.environ | waiting | ours | dict(environment or {}),
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+                pass_fds=(lock,),
+            )
+            relay.serve(child)
+        return Ended(_wait(child), relay.stops[0] if relay.stops else None)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def join_parent() -> None:
+class _Relay:
+    """Passes signals on to a child, also those that came before it was there."""
+
+    def __init__(self) -> None:
+        self.stops: list[int] = []
+        self._asked = False
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def serve(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        if self.stops:
+            _signal(child, signal.SIGTERM)
+        if self._asked:
+            _signal(child, signal.SIGUSR1)
+
+    def stop(self, number: int, frame: object) -> None:
+        self.stops.append(number)
+        if self._child is not None:
+            _signal(self._child, signal.SIGTERM if len(self.stops) == 1 else signal.SIGKILL)
+
+    def ask(self, number: int, frame: object) -> None:
+        self._asked = True
+        if self._child is not None:
+            _signal(self._child, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def deaf_to_requests() -> Iterator[None]:
+    """Processes that are started in the block keep SIGUSR1 waiting until `hear_requests`, however long they import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def hear_requests() -> None:
+    """From here on SIGUSR1 does what its handler says."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
+def join_parent() -> int | None:
     """Called first by a stage: it dies with the `tristage` that started it, and its own children get no lock.
 
-    Without a `tristage` above it (another launcher) nothing happens.
+    Returns the lock's descriptor. Without a `tristage` above it (another launcher) nothing happens.
     """
-    parent, lock = os.environ.pop(_PARENT, ""), os.environ.pop(_LOCK, "")
+    parent, lock = os.environ.pop(PARENT, ""), os.environ.pop(LOCK, "")
     if lock:
         os.set_inheritable(int(lock), False)
     if parent and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        try:
-            os.kill(int(parent), 0)
-        except ProcessLookupError:
+        if os.getppid() != int(parent):  # it died while this process imported its libraries
             sys.exit(1)
+    return int(lock) if lock else None
 
 
 @contextlib.contextmanager

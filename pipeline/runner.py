@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +26,12 @@ from pipeline.artifacts import (
     write_text,
 )
 from pipeline.errors import UserError, disk_message, is_disk_error
+from pipeline.exits import EXIT_REQUEUE, interrupted_message, killed_message, print_error
+from pipeline.launchers import Stages, by_hand
 from pipeline.load import RESOLVED, dump_recipe
 from pipeline.process import only_one, run_child
 from pipeline.recipe import Recipe
-from pipeline.stage import interrupted_message, print_error, read_job
+from pipeline.stage import read_job
 from pipeline.stages import (
     ORDER,
     STAGES,
@@ -104,8 +106,43 @@ def run_stages(recipe: Recipe, stages: Sequence[str], *, overwrite: bool, comman
         run_stage(recipe, name, overwrite=overwrite, command=command, inputs={})
 
 
-def run_stage(recipe: Recipe, name: str, *, overwrite: bool, command: Sequence[str], inputs: Mapping[str, str]) -> Path:
+def run_process(recipe: Recipe, name: str, partial: Path, lock: int) -> None:
+    """Runs the stage as a child and ends this process as the child ended, unless all is well."""
+    start = Stages(recipe.launch).start(STAGES[name].module, partial)
+    ended = run_child(start.words, lock=lock, environment=start.environment, is_ours=start.is_child)
+    if ended.code == EXIT_REQUEUE:
+        sys.exit(EXIT_REQUEUE)
+    if ended.interrupted_by is not None:
+        if ended.code <= 0:
+            print_error(interrupted_message(name))
+        sys.exit(128 + ended.interrupted_by)
+    if ended.code < 0:
+        print_error(killed_message(name, -ended.code, partial))
+        sys.exit(128 - ended.code)
+    if ended.code:
+        sys.exit(ended.code)
+
+
+def show_start(recipe: Recipe, name: str, partial: Path, lock: int) -> None:
+    """Says how a person starts the stage's processes in its prepared directory."""
+    words = shlex.join(by_hand(recipe.launch, STAGES[name].module, partial))
+    each = f"on each of {recipe.launch.machines} machines, NUMBER from 0" if recipe.launch.machines > 1 else "start it"
+    Console(highlight=False).print(f"{name}: prepared; {each}: {words}", markup=False, soft_wrap=True)
+
+
+def run_stage(
+    recipe: Recipe,
+    name: str,
+    *,
+    overwrite: bool,
+    command: Sequence[str],
+    inputs: Mapping[str, str],
+    start: Callable[[Recipe, str, Path, int], None] = run_process,
+) -> Path:
     """Runs one stage unless it is done; returns its directory.
+
+    Args:
+        start: what is done with the prepared directory, under its lock: `run_process` or `show_start`.
 
     Errors:
         UserError: an input is missing or damaged, the disk refuses, or what is there was made from something else.
@@ -113,14 +150,21 @@ def run_stage(recipe: Recipe, name: str, *, overwrite: bool, command: Sequence[s
     """
     out = run_directory(recipe) / name
     try:
-        return _run_stage(recipe, name, overwrite, command, input_paths(recipe, name, inputs))
+        return _run_stage(recipe, name, overwrite, command, input_paths(recipe, name, inputs), start)
     except OSError as error:
         if not is_disk_error(error):
             raise
         raise UserError(disk_message(error, out.parent)) from error
 
 
-def _run_stage(recipe: Recipe, name: str, overwrite: bool, command: Sequence[str], paths: Mapping[str, str]) -> Path:
+def _run_stage(
+    recipe: Recipe,
+    name: str,
+    overwrite: bool,
+    command: Sequence[str],
+    paths: Mapping[str, str],
+    start: Callable[[Recipe, str, Path, int], None],
+) -> Path:
     console = Console(highlight=False)
     out = run_directory(recipe) / name
     prepare(recipe, wanted_paths(recipe, name, paths), console)
@@ -158,7 +202,7 @@ def _run_stage(recipe: Recipe, name: str, overwrite: bool, command: Sequence[str
         _prepare_partial(recipe, _partial(out), job, resume=state == "resume")
         verb = "resumes" if state == "resume" else "starts"
         console.print(f"{name}: {verb} in {_partial(out)}", markup=False, soft_wrap=True)
-        _run_process(name, _partial(out), lock)
+        start(recipe, name, _partial(out), lock)
     return out
 
 
@@ -289,23 +333,6 @@ def _prepare_partial(recipe: Recipe, partial: Path, job: Mapping[str, Any], *, r
         partial.mkdir(parents=True)
     write_text(partial / RESOLVED, dump_recipe(recipe))
     write_json(partial / JOB, {**job, "spent": spent})
-
-
-def _run_process(name: str, partial: Path, lock: int) -> None:
-    """Runs the stage as a child and ends this process as the child ended, unless all is well."""
-    ended = run_child([sys.executable, "-m", STAGES[name].module, str(partial)], lock=lock)
-    if ended.interrupted_by is not None:
-        if ended.code <= 0:
-            print_error(interrupted_message(name))
-        sys.exit(128 + ended.interrupted_by)
-    if ended.code < 0:
-        print_error(
-            f"{name} was ended by signal {-ended.code}; {partial} is kept. Run the same command again: it resumes. "
-            "Signal 9 without anybody sending it is the kernel's when memory runs out: then lower the batch sizes."
-        )
-        sys.exit(128 - ended.code)
-    if ended.code:
-        sys.exit(ended.code)
 
 
 def _make_directory(directory: Path) -> None:

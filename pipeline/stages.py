@@ -20,7 +20,7 @@ from pipeline.recipe import TRAINED, DataSource, Recipe
 from pipeline.recipe_direct import DIRECT
 from pipeline.sources import fingerprint as source_fingerprint
 from pipeline.sources import locate
-from pipeline.stage import tristage_version
+from pipeline.surroundings import tristage_version
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,11 @@ NOT_DECISIVE = {
         "save_every",
         "max_skipped_steps",
         "force",
+        "shard",
+        "keep_states",
     },
     **{name: {"policy", "reference"} for name in DIRECT},
-    "rollout": {"kv_cache_gib", "gpu_memory_utilization", "logprob_tolerance"},
+    "rollout": {"kv_cache_gib", "gpu_memory_utilization", "logprob_tolerance", "mode", "server"},
     "eval": {"reward_model"},
 }
 """Keys outside the fingerprint: paths, for which the contents they lead to stand in, and what no result depends on."""

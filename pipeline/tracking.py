@@ -96,6 +96,31 @@ class Tracker:
             run.finish(exit_code=int(failed))
 
 
+class SilentTracker(Tracker):
+    """The tracker of a rank that writes nothing."""
+
+    def __init__(self, on_write: Callable[[], None]) -> None:
+        self._on_write = on_write
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._on_write()
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Nothing."""
+
+    def close(self, *, failed: bool = False) -> None:
+        """Nothing."""
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Rows of a stage's metrics.jsonl."""
     return _read_rows(directory / METRICS)

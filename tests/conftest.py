@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 # Read by the libraries when they are imported, so they are set before any test module is.
@@ -25,3 +27,14 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 settings.register_profile("tristage", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("tristage")
+
+
+@pytest.fixture(autouse=True)
+def libraries_environment_kept() -> Iterator[None]:
+    """A stage that runs inside a test tells accelerate what to do through the environment."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) | set(before):
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            os.environ.pop(name, None)
+            os.environ.update({name: before[name]} if name in before else {})

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from pipeline import runner
 from pipeline.artifacts import finish
 from pipeline.cli import main
 from pipeline.process import Ended, only_one
-from pipeline.stage import stage_main
+from pipeline.stage_main import stage_main
 from pipeline.stages import STAGES
 from tests.pipeline.bad_input_cases import CASES
 from tests.tiny_stage import write_rows
@@ -67,7 +68,7 @@ def stages_run_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     ran: list[str] = []
     real = runner.run_child
 
-    def run_child(words: Sequence[str], *, lock: int) -> Ended:
+    def run_child(words: Sequence[str], *, lock: int, **how: Any) -> Ended:
         if words[1:2] != ["-m"]:
             return real(words, lock=lock)
         name = next(name for name, spec in STAGES.items() if spec.module == words[2])
@@ -79,10 +80,12 @@ def stages_run_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         assert isinstance(caught.value.code, int)
         return Ended(caught.value.code, None)
 
-    before = signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     monkeypatch.setattr(runner, "run_child", run_child)
     yield ran
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def refused(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:

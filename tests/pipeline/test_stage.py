@@ -15,7 +15,9 @@ import pytest
 
 from pipeline.artifacts import open_artifact
 from pipeline.errors import UserError, disk_error_in
-from pipeline.stage import Stage, print_error, read_job, tristage_version
+from pipeline.exits import print_error
+from pipeline.stage import Stage, read_job
+from pipeline.surroundings import tristage_version
 from tests.tiny_stage import prepare_stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -23,7 +25,7 @@ RECIPE = {"name": "tiny", "seed": 5, "model": {"name_or_path": "model"}}
 SCRIPT = """\
 import os, signal, sys, time
 from pipeline.errors import UserError
-from pipeline.stage import stage_main
+from pipeline.stage_main import stage_main
 
 def run(stage):
     stage.say("hello from the stage")
