@@ -111,7 +111,7 @@ def test_ppo_interrupted_and_killed_ends_as_if_it_had_not_been(
     assert err == (
         "error: ppo was interrupted. Run the same command again: it resumes from the last complete checkpoint.\n"
     )
-    assert (place.run / "ppo.partial" / "state" / "update_000002.pt").exists()
+    assert (place.run / "ppo.partial" / "state" / "update_000002" / "checkpoint.json").exists()
     assert not (place.run / "ppo").exists()
     kill_stage(place, words, lambda: logged(place, 5))
     assert "resumed after update 4 of 7" in run_to_the_end(place, *words)
@@ -147,7 +147,7 @@ def test_library_trainers_resume_from_their_checkpoint(
     copied: Callable[..., Workplace], finished_run: Workplace, stage: str
 ) -> None:
     place = copied(stage)
-    checkpoint = place.run / f"{stage}.partial" / "state" / "checkpoint-3" / "trainer_state.json"
+    checkpoint = place.run / f"{stage}.partial" / "state" / "checkpoint-3" / "tristage.json"
     kill_stage(place, (stage, "recipe.yaml"), checkpoint.exists)
     assert not (place.run / stage / "manifest.json").exists()
     assert "resuming from checkpoint-" in run_to_the_end(place, stage, "recipe.yaml")
@@ -172,7 +172,7 @@ def test_a_direct_method_killed_ends_as_if_it_had_not_been(copied: Callable[...,
     reports = {name for name in expected[0]["files"] if name.startswith("evaluation/")}
     assert reports == {f"evaluation/update_{step:06d}.json" for step in (0, 4, 8, 12)}
     shutil.rmtree(place.run / stage)
-    checkpoint = place.run / f"{stage}.partial" / "state" / "checkpoint-3" / "trainer_state.json"
+    checkpoint = place.run / f"{stage}.partial" / "state" / "checkpoint-3" / "tristage.json"
     kill_stage(place, words, checkpoint.exists)
     assert not (place.run / stage).exists()
     assert "resuming from checkpoint-" in run_to_the_end(place, *words)
