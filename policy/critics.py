@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from pipeline.adapters import adapter_parameters, merged_weights, using
 from pipeline.errors import UserError
+from pipeline.ranks import ALONE, Ranks
+from pipeline.sharding import through, whole
 from policy.models import DTYPES, POLICY, disable_dropout, response_hidden
 from reward_model.score import HEAD_NAMES, Normalisation, backbone_and_head, load_reward_model
 from rollout.batch import RolloutBatch
@@ -43,7 +45,7 @@ class Critic(nn.Module, ABC):
     def forward(self, batch: RolloutBatch) -> Tensor:
         """Values [B,R], in float32 at least: entry t is the value of the state before response token t."""
         with self.acting():
-            return self.values(response_hidden(self.trunk, batch), batch)
+            return through(self.trunk, self.trunk, lambda: self.values(response_hidden(self.trunk, batch), batch))
 
     def values(self, hidden: Tensor, batch: RolloutBatch) -> Tensor:
         """Values [B,R] from the hidden states [B,R,D] before the response tokens."""
@@ -64,8 +66,8 @@ class Critic(nn.Module, ABC):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @abstractmethod
-    def classifier(self) -> PreTrainedModel:
-        """The critic as a sequence classifier with one output, to be saved."""
+    def classifier(self, ranks: Ranks = ALONE) -> PreTrainedModel:
+        """The critic as a sequence classifier with one output, to be saved; all ranks ask, the first gets it whole."""
 
 
 class ValueModel(Critic):
@@ -79,7 +81,7 @@ class ValueModel(Critic):
     def trunk(self) -> PreTrainedModel:
         return self.model
 
-    def classifier(self) -> PreTrainedModel:
+    def classifier(self, ranks: Ranks = ALONE) -> PreTrainedModel:
         self.model.config.update({AFFINE: [self.affine.mean, self.affine.std]})
         return self.model
 
@@ -107,13 +109,18 @@ class ValueHead(Critic):
         head = list(self.head.parameters())
         return head if self.adapter is None else [*adapter_parameters(self.trunk, self.adapter), *head]
 
-    def classifier(self) -> PreTrainedModel:
+    def classifier(self, ranks: Ranks = ALONE) -> PreTrainedModel:
         config = copy.deepcopy(self.trunk.config)
         config.update({"num_labels": 1, AFFINE: [self.affine.mean, self.affine.std]})
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        body, head = backbone_and_head(model)
-        body.load_state_dict(dict(merged_weights(self.trunk.base_model, self.adapter or POLICY)))
-        head.load_state_dict(self.head.state_dict())
+        state: dict[str, Tensor] = {}
+        for name, tensor in whole(merged_weights(self.trunk.base_model, self.adapter or POLICY)):
+            state |= {name: tensor.cpu()} if ranks.is_main else {}
+        with nullcontext() if ranks.is_main else torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        if ranks.is_main:
+            body, head = backbone_and_head(model)
+            body.load_state_dict(state)
+            head.load_state_dict(self.head.state_dict())
         return model
 
 

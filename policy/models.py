@@ -16,6 +16,8 @@ from transformers import (
 
 from pipeline.adapters import FOLDER, merged_weights, save_adapter
 from pipeline.errors import UserError
+from pipeline.ranks import ALONE, Ranks
+from pipeline.sharding import is_sharded, own_part, through, whole
 from policy.tensors import TokenScores, left_aligned, logprobs_from_hidden, shifted_response_hidden
 from rollout.batch import RolloutBatch
 
@@ -66,20 +68,39 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     weights: Iterable[tuple[str, Tensor]] | None = None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Writes weights, configuration and tokenizer so that `from_pretrained(directory)` works as it is.
 
     `weights` stand in for the model's own, as where an adapter was merged. The generation configuration names the
-    special tokens only: sampling settings belong to the recipe.
+    special tokens only: sampling settings belong to the recipe. All ranks call it, and the first one writes; sharded
+    weights are gathered in its main memory.
     """
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    state = None if weights is None else dict(weights)
-    model.save_pretrained(directory, state_dict=state)
-    tokenizer.save_pretrained(directory)
+    state = None if weights is None else {name: tensor.cpu() for name, tensor in weights if ranks.is_main}
+    if is_sharded(model):
+        state = _whole_state(model, ranks)
+    if ranks.is_main:
+        model.save_pretrained(directory, state_dict=state)
+        tokenizer.save_pretrained(directory)
+    ranks.barrier()
+
+
+def _whole_state(model: PreTrainedModel, ranks: Ranks) -> dict[str, Tensor]:
+    """All weights of a sharded model in the first rank's main memory, tied ones once; none on the others."""
+    state: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    for name, part in model.state_dict().items():
+        tied = seen.setdefault(own_part(part).data_ptr(), name)
+        for _, tensor in whole([(name, part)]):
+            if ranks.is_main:
+                state[name] = state[tied] if tied in state else tensor.cpu()
+    return state
 
 
 def save_policy(
@@ -89,6 +110,7 @@ def save_policy(
     dtype: str,
     *,
     adapter_over: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """A trained policy as a plain model in `dtype`.
 
@@ -96,10 +118,11 @@ def save_policy(
     itself into `directory/adapter`.
     """
     if adapter_over is None:
-        save_model(cast(model, dtype), tokenizer, directory)
+        save_model(cast(model, dtype), tokenizer, directory, ranks=ranks)
     else:
-        save_adapter(model, POLICY, directory / FOLDER, base=adapter_over)
-        save_model(model, tokenizer, directory, merged_weights(model, POLICY))
+        if ranks.is_main:
+            save_adapter(model, POLICY, directory / FOLDER, base=adapter_over)
+        save_model(model, tokenizer, directory, merged_weights(model, POLICY), ranks=ranks)
 
 
 def response_scores(
@@ -109,7 +132,11 @@ def response_scores(
 
     Runs the trunk once and projects response positions only: [B,S,V] logits never exist.
     """
-    return token_scores(model, response_hidden(model, batch), batch, temperature, with_entropy=with_entropy)
+
+    def forward() -> TokenScores:
+        return token_scores(model, response_hidden(model, batch), batch, temperature, with_entropy=with_entropy)
+
+    return through(model, model, forward)
 
 
 def response_hidden(model: PreTrainedModel, batch: RolloutBatch) -> Tensor:

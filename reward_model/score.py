@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
+from pipeline.sharding import through
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,10 +143,14 @@ def score_responses(
     response_ids: Sequence[Sequence[int]],
     *,
     max_tokens: int = 16384,
+    forwards: Callable[[int], int] = int,
 ) -> Tensor:
-    """`score_with` the backbone and the head of a sequence classifier."""
+    """`score_with` the backbone and the head of a sequence classifier, which may be sharded.
+
+    `forwards` says for the number of forwards that this rank needs how many all ranks run.
+    """
     backbone, head = backbone_and_head(model)
-    return score_with(backbone, head, prompt_ids, response_ids, max_tokens=max_tokens)
+    return score_with(backbone, head, prompt_ids, response_ids, max_tokens=max_tokens, owner=model, forwards=forwards)
 
 
 @torch.no_grad()
@@ -156,6 +161,8 @@ def score_with(
     response_ids: Sequence[Sequence[int]],
     *,
     max_tokens: int = 16384,
+    owner: nn.Module | None = None,
+    forwards: Callable[[int], int] = int,
 ) -> Tensor:
     """Raw scores [B], float32 on the CPU, each read at the last token of prompt + response.
 
@@ -169,17 +176,26 @@ def score_with(
     if empty:
         raise ValueError(f"response {empty[0]} has no tokens; a score is read at its last one")
     device = head.weight.device
-    scores = torch.empty(len(rows), dtype=torch.float32)
-    for batch in token_batches([len(row) for row in rows], max_tokens):
-        input_ids, attention_mask = right_pad([rows[index] for index in batch])
+
+    def forward(chosen: Sequence[Sequence[int]]) -> Tensor:
+        input_ids, attention_mask = right_pad(chosen)
         last = attention_mask.sum(dim=1) - 1
         hidden = backbone(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             use_cache=False,
         ).last_hidden_state
-        at_last = hidden[torch.arange(len(batch), device=hidden.device), last.to(hidden.device)]
-        scores[batch] = head(at_last).squeeze(-1).float().cpu()
+        at_last = hidden[torch.arange(len(chosen), device=hidden.device), last.to(hidden.device)]
+        return head(at_last).squeeze(-1)
+
+    scores = torch.empty(len(rows), dtype=torch.float32)
+    batches = list(token_batches([len(row) for row in rows], max_tokens))
+    idle = forwards(len(batches)) - len(batches)
+    module = backbone if owner is None else owner
+    for batch in batches:
+        scores[batch] = through(module, module, forward, [rows[index] for index in batch]).float().cpu()
+    for _ in range(idle):
+        through(module, module, forward, [[0]])
     return scores
 
 

@@ -27,3 +27,8 @@ def load_reports(out: Path) -> dict[int, PolicyReport]:
     """All reports of a stage by update or optimiser step, in order: the start's, those on the way, the final one."""
     updates = sorted(int(file.stem.rpartition("_")[2]) for file in (out / FOLDER).glob("update_*.json"))
     return {update: load_report(out, update) for update in updates}
+
+
+def has_report(out: Path, update: int) -> bool:
+    """Whether `save_report` has written one for this update."""
+    return (out / FOLDER / f"update_{update:06d}.json").exists()

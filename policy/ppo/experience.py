@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import UserError
 from pipeline.recipe import PpoSection, Recipe
 from pipeline.records import Prompt
+from pipeline.sharding import through
 from policy.models import response_hidden, response_scores, token_scores
 from policy.ppo.controllers import RunningScale
 from policy.ppo.maths import (
@@ -25,25 +26,23 @@ from policy.ppo.maths import (
     missing_eos_penalty,
     token_rewards,
 )
-from policy.ppo.ranks import Ranks
 from policy.ppo.roles import Roles
+from policy.ppo.slices import Slice, most_padded_tokens, slices
 from policy.tensors import TokenScores, masked_mean, masked_sum, masked_var, masked_whiten
-from reward_model.score import token_batches
 from rollout.batch import RolloutBatch
-
-ENOUGH_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Tokens in one forward beyond which a device gains less by more of them than it loses by padding."""
-
-ALONE = Ranks()
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward over some rows of a batch: the policy's scores, and the critic's values as far as they are known."""
+    """A forward over some rows of a batch: the policy's scores, and the critic's values as far as they are known.
+
+    `counts`: see `Slice`.
+    """
 
     rows: list[int]
     scores: TokenScores
     values: Tensor | None
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def make_experience(
     passes = forward_passes(roles, batch, reuse=ppo.num_minibatches == 1)
     old_logprobs, entropy, values = gather_passes(roles, passes, batch)
     ref_logprobs = reference_logprobs(roles, batch)
-    combined, source_scores = score_batch(roles, batch, prompts)
+    combined, source_scores = roles.rewards.scores(batch, prompts)
     mask = batch.response_mask
     scores = shape_scores(combined, batch, ppo, scale)
     rewards, kl = token_rewards(scores, old_logprobs, ref_logprobs, mask, kl_coef, ppo.kl_estimator)
@@ -149,25 +148,29 @@ def forward_passes(roles: Roles, batch: RolloutBatch, *, reuse: bool = False) ->
     the critic's, also fit into the token budget together, they are kept for it: the policy has not moved when that
     step is taken, so its forward would only repeat this one.
     """
-    slices = micro_batches(batch, roles.max_tokens, roles.ranks)
     graphs = 1 if roles.critic.on_policy else 2
-    keep = reuse and graphs * _padded_tokens(batch, slices) <= roles.max_tokens
+    keep = reuse and graphs * most_padded_tokens(batch, roles.max_tokens, roles.ranks) <= roles.max_tokens
+    own = slices(batch, roles.max_tokens, roles.ranks, in_step=roles.sharded)
     with torch.set_grad_enabled(keep), training_mode(roles, keep):
-        passes = [forward_policy(roles, batch, rows, with_entropy=True) for rows in slices]
+        passes = [forward_policy(roles, batch, slice_, with_entropy=True) for slice_ in own]
         return tuple(
             one if one.values is not None else replace(one, values=critic_values(roles, batch.select(one.rows)))
             for one in passes
         )
 
 
-def forward_policy(roles: Roles, batch: RolloutBatch, rows: list[int], *, with_entropy: bool) -> Pass:
-    """The policy over the rows `rows`, one micro-batch; with values where the critic is a head on the same trunk."""
-    part = batch.select(rows)
-    with roles.autocast():
+def forward_policy(roles: Roles, batch: RolloutBatch, slice_: Slice, *, with_entropy: bool) -> Pass:
+    """The policy over one micro-batch; with values where the critic is a head on the same trunk."""
+    part = batch.select(slice_.rows)
+
+    def forward() -> tuple[TokenScores, Tensor | None]:
         hidden = response_hidden(roles.policy, part)
         scores = token_scores(roles.policy, hidden, part, roles.temperature, with_entropy=with_entropy)
-        values = roles.critic.values(hidden, part) if roles.critic.on_policy else None
-    return Pass(rows, scores, values)
+        return scores, roles.critic.values(hidden, part) if roles.critic.on_policy else None
+
+    with roles.autocast():
+        scores, values = through(roles.policy, roles.policy, forward)
+    return Pass(slice_.rows, scores, values, slice_.counts)
 
 
 def critic_values(roles: Roles, part: RolloutBatch) -> Tensor:
@@ -180,7 +183,7 @@ def gather_passes(roles: Roles, passes: Sequence[Pass], batch: RolloutBatch) -> 
     """old_logprobs, entropy and values [B,R] of the whole batch, all ranks', float32, without their graphs."""
     shape, device = batch.response_mask.shape, batch.response_mask.device
     logprobs, entropy, values = (torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(3))
-    for one in passes:
+    for one in (each for each in passes if each.counts):
         for whole, part in ((logprobs, one.scores.logprobs), (entropy, one.scores.entropy), (values, one.values)):
             if part is not None:
                 whole[one.rows, : part.shape[1]] = part.detach().float()
@@ -188,32 +191,17 @@ def gather_passes(roles: Roles, passes: Sequence[Pass], batch: RolloutBatch) -> 
     return logprobs, entropy, values
 
 
-def score_batch(roles: Roles, batch: RolloutBatch, prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
-    """`Rewards.scores` of the whole batch, each rank its share."""
-    if roles.ranks.world == 1:
-        return roles.rewards.scores(batch, prompts)
-    rows = roles.ranks.share(range(len(batch)))
-    combined = torch.zeros(len(batch), device=roles.device)
-    each = {name: torch.zeros_like(combined) for name in roles.rewards.sources}
-    if rows:
-        total, parts = roles.rewards.scores(batch.select(rows), [prompts[row] for row in rows] if prompts else ())
-        combined[rows] = total
-        for name, part in parts.items():
-            each[name][rows] = part
-    roles.ranks.sum_((combined, *each.values()))
-    return combined, each
-
-
 @contextmanager
 def training_mode(roles: Roles, on: bool = True) -> Iterator[None]:
     """Policy and critic in training mode inside, which gradient checkpointing asks for; dropout is off in both."""
+    before = roles.policy.training, roles.critic.training
     roles.policy.train(on)
     roles.critic.train(on)
     try:
         yield
     finally:
-        roles.policy.eval()
-        roles.critic.eval()
+        roles.policy.train(before[0])
+        roles.critic.train(before[1])
 
 
 @torch.no_grad()
@@ -223,10 +211,12 @@ def policy_logprobs(
     """Log-probabilities and entropies [B,R] of the responses, forwarded in length-sorted token-budget slices."""
     logprobs = torch.zeros(batch.response_mask.shape, dtype=torch.float32, device=roles.device)
     entropy = torch.zeros_like(logprobs)
-    for rows in micro_batches(batch, roles.max_tokens, roles.ranks):
+    for rows, counts in slices(batch, roles.max_tokens, roles.ranks, in_step=roles.sharded):
         part = batch.select(rows)
         with roles.autocast():
             scores = response_scores(model, part, roles.temperature, with_entropy=with_entropy)
+        if not counts:
+            continue
         width = part.response_ids.shape[1]
         logprobs[rows, :width] = scores.logprobs.float()
         entropy[rows, :width] = scores.entropy.float()
@@ -288,23 +278,6 @@ def unsound_rows(roles: Roles, experience: Experience, rows: list[int]) -> list[
     return (~sound).nonzero().flatten().tolist() or sorted(rows)
 
 
-def micro_batches(batch: RolloutBatch, max_tokens: int, ranks: Ranks = ALONE) -> list[list[int]]:
-    """This rank's row indices in slices of similar length with at most `max_tokens` padded tokens each.
-
-    A slice that has work enough for the device is closed where the next row would be mostly padding. Ranks take turns
-    in order of length, so that they have about the same work.
-    """
-    lengths = (batch.prompt_mask.sum(1) + batch.response_mask.sum(1)).tolist()
-    own = ranks.share(sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True))
-    enough = ENOUGH_TOKENS["cuda" if batch.prompt_ids.is_cuda else "cpu"]
-    return [[own[i] for i in slice_] for slice_ in token_batches([lengths[row] for row in own], max_tokens, enough)]
-
-
-def _padded_tokens(batch: RolloutBatch, slices: Sequence[Sequence[int]]) -> int:
-    lengths = batch.prompt_mask.sum(1) + batch.response_mask.sum(1)
-    return sum(len(rows) * int(lengths[list(rows)].max()) for rows in slices)
-
-
 def engine_gap(batch: RolloutBatch, old_logprobs: Tensor) -> tuple[float, float]:
     """Largest |log-prob difference| and mean |probability difference| between rollout engine and trainer."""
     mask = batch.response_mask
@@ -316,10 +289,11 @@ def check_engine(experience: Experience, recipe: Recipe, update: int, engine: st
     """Stops the run when the engine does not sample from the trainer's current weights.
 
     Stale or half-loaded weights show as a gap of 0.05 and more; float32 engines agree to 1e-5. In bfloat16 the gap
-    (1e-2 is usual) is only returned, to be logged.
+    (1e-2 is usual) is only returned, to be logged, and so is that of responses which older weights sampled.
     """
     gap, probability_gap = engine_gap(experience.batch, experience.old_logprobs)
-    if recipe.model.dtype == "float32" and not gap < recipe.rollout.logprob_tolerance:
+    current = recipe.rollout.async_steps == 0 or bool((experience.batch.policy_versions == update - 1).all())
+    if current and recipe.model.dtype == "float32" and not gap < recipe.rollout.logprob_tolerance:
         raise UserError(
             f"update {update}: {engine}'s log-probabilities differ from the trainer's by {gap:.2g} nats "
             f"(rollout.logprob_tolerance is {recipe.rollout.logprob_tolerance:g}): the engine does not hold the "

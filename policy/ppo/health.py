@@ -147,9 +147,9 @@ def first_ratio(history: History, ppo: PpoSection) -> Finding | None:
 
 
 def engine_gap(history: History, ppo: PpoSection) -> Finding | None:
-    """The rollout engine samples from another policy than the trainer's."""
+    """The rollout engine samples from another policy than the trainer's; older weights on purpose are no fault."""
     gap = history.now("rollout/mean_probability_gap")
-    if gap <= PROBABILITY_GAP:
+    if gap <= PROBABILITY_GAP or history.now("rollout/staleness") > 0:
         return None
     return Finding(
         f"the token probabilities of rollout engine and trainer differ by {gap:.3g} on average (rounding explains "
@@ -377,6 +377,7 @@ _KEYS = (
     "response/eos_rate",
     "response/length",
     "rollout/mean_probability_gap",
+    "rollout/staleness",
     "val/explained_variance",
     "val/ratio_first",
     "val/returns_std",

@@ -34,8 +34,8 @@ class HeldOut:
     judges: Mapping[str, JudgeFunction]
     recipe: Recipe
 
-    def evaluate(self, roles: Roles, engine: RolloutEngine) -> PolicyReport:
-        """Samples, scores and judges the engine's current policy.
+    def evaluate(self, roles: Roles, engine: RolloutEngine) -> PolicyReport | None:
+        """Samples, scores and judges the engine's current policy; the report is rank 0's, the others get None.
 
         Errors:
             UserError: a reward model gives a score that is not finite, or see `Rewards.scores` and `measure`.
@@ -51,6 +51,8 @@ class HeldOut:
         )
         kl = _kl(roles, samples, self.encoder)
         scores = reward_scores(roles.rewards, samples, self.encoder, roles.device)
+        if not roles.ranks.is_main:
+            return None
         return measure(samples, self.encoder, self.judges, scores=scores, kl_per_sequence=kl, seed=recipe.seed)
 
 

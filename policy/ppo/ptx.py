@@ -18,9 +18,9 @@ from pipeline.preferences import load_demonstrations
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedExample, Encoder, encode_sft
 from policy.models import response_scores
-from policy.ppo.experience import micro_batches
 from policy.ppo.order import pass_indices
 from policy.ppo.roles import Roles
+from policy.ppo.slices import slices
 from policy.tensors import masked_mean
 from rollout.batch import Completion, RolloutBatch
 
@@ -72,11 +72,11 @@ class PtxLoss:
         batch = self.batch(step).to(roles.device)
         tokens = float(batch.response_mask.sum())
         total = torch.zeros((), device=roles.device)
-        for rows in micro_batches(batch, roles.max_tokens, roles.ranks):
+        for rows, counts in slices(batch, roles.max_tokens, roles.ranks, in_step=roles.sharded):
             part = batch.select(rows)
             with roles.autocast():
                 scores = response_scores(roles.policy, part, TEMPERATURE, with_entropy=False)
-            loss = -masked_mean(scores.logprobs, part.response_mask, tokens)
+            loss = -masked_mean(scores.logprobs, part.response_mask, tokens) * float(counts)
             (self.coef * loss).backward()
             total = total + loss.detach()
         roles.ranks.sum_((total,))

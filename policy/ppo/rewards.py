@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,8 +21,11 @@ from pipeline.adapters import FOLDER, adapter_parameters, base_sha256, load_adap
 from pipeline.artifacts import Artifact
 from pipeline.errors import UserError
 from pipeline.functions import NamedFunction, excerpt, load_function
-from pipeline.recipe import TRAINED, ModelSection, RewardSource
+from pipeline.ranks import ALONE, Ranks
+from pipeline.recipe import TRAINED, ModelSection
+from pipeline.recipe_ppo import RewardSource
 from pipeline.records import Prompt
+from pipeline.sharding import is_sharded, load_in_turn, wanted
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder, load_tokenizer, tokenizer_sha256
 from policy.ppo.gate import admit
@@ -47,16 +51,28 @@ class Rewards:
 
     sources: Mapping[str, Source]
     weights: Mapping[str, float]
+    ranks: Ranks = ALONE
 
     def scores(self, batch: RolloutBatch, prompts: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
         """sum_i weight_i * score_i [B] and every score_i [B], in float32 on the batch's device.
+
+        All ranks give the same batch; each scores its share, and all get the whole.
 
         Errors:
             UserError: a function raises or returns anything but one finite number per response.
             ValueError: a source needs the records of the prompts, and there are not as many as rows.
         """
         device = batch.prompt_ids.device
-        each = {name: source.scores(batch, prompts).to(device) for name, source in self.sources.items()}
+        own = self.ranks.share(range(len(batch)))
+        rows = own or [0]  # a rank without a row keeps in step with the others
+        part = batch if len(rows) == len(batch) else batch.select(rows)
+        records = [prompts[row] for row in rows] if prompts else ()
+        each = {name: torch.zeros(len(batch), device=device) for name in self.sources}
+        for name, source in self.sources.items():
+            found = source.scores(part, records).to(device)
+            if own:
+                each[name][own] = found
+        self.ranks.sum_(each.values())
         weighted = [self.weights[name] * scores for name, scores in each.items()]
         return torch.stack(weighted).sum(0), each
 
@@ -121,6 +137,7 @@ class ModelReward:
     max_tokens: int
     autocast: Callable[[], AbstractContextManager[object]]
     retokenise: Retokeniser | None = None
+    ranks: Ranks = ALONE
 
     def scores(self, batch: RolloutBatch, prompts: Sequence[Prompt]) -> Tensor:
         """(score - mean) / std [B].
@@ -145,7 +162,13 @@ class ModelReward:
 
     def raw_scores(self, prompt_ids: list[list[int]], response_ids: list[list[int]]) -> Tensor:
         """Scores [B] before normalisation."""
-        return score_responses(self.model, prompt_ids, response_ids, max_tokens=self.max_tokens)
+        return score_responses(
+            self.model, prompt_ids, response_ids, max_tokens=self.max_tokens, forwards=self._forwards
+        )
+
+    def _forwards(self, needed: int) -> int:
+        """A sharded model's forwards are all ranks' together: as many as the rank that needs most."""
+        return max(self.ranks.gather(needed)) if is_sharded(self.model) else needed
 
     def parameters(self) -> list[nn.Parameter]:
         """The weights that belong to this reward model alone."""
@@ -236,10 +259,12 @@ def load_rewards(
             continue
         if base is not None:
             stage.say(f"reward {name}: {artifact.path} is no adapter (rm.lora), so it is loaded as a model of its own")
-        model = load_reward_model(artifact.path, torch.float32, device)
-        sources[name] = ModelReward(artifact.path, model, normalisation, limit, autocast, retokenise)
+        load = partial(load_reward_model, artifact.path, torch.float32)
+        in_parts = wanted("rewards", ppo.shard, stage.ranks)
+        model = load_in_turn(partial(load, "cpu"), stage.ranks, stage.recipe.model.dtype) if in_parts else load(device)
+        sources[name] = ModelReward(artifact.path, model, normalisation, limit, autocast, retokenise, stage.ranks)
     ordered = {name: sources[name] for name in ppo.rewards}
-    return Rewards(ordered, {name: entry.weight for name, entry in ppo.rewards.items()})
+    return Rewards(ordered, {name: entry.weight for name, entry in ppo.rewards.items()}, stage.ranks)
 
 
 def _function(name: str, function: str, entry: RewardSource) -> NamedFunction:

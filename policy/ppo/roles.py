@@ -20,13 +20,15 @@ from pipeline.adapters import (
     merged_weights,
     using,
 )
+from pipeline.errors import UserError
+from pipeline.ranks import Ranks
 from pipeline.recipe import Recipe
+from pipeline.sharding import is_sharded, load_in_turn, own_part, wanted, whole
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder
 from policy.critics import Critic, ValueHead
 from policy.models import POLICY, cast, check_projection, disable_dropout, load_policy, save_model, save_policy
 from policy.ppo.critic import load_critic
-from policy.ppo.ranks import Ranks
 from policy.ppo.rewards import AdapterReward, ModelReward, Rewards, load_rewards
 
 MIB = 1024**2
@@ -39,6 +41,7 @@ class Roles:
     Attributes:
         policy: trained, itself or by its adapter; reference: its frozen start, which is the same object where an
             adapter is trained; critic: trained; rewards: frozen models and functions.
+        sharded: policy, reference or critic lie in parts on the ranks, which then run equally many forwards.
     """
 
     policy: PreTrainedModel
@@ -49,6 +52,7 @@ class Roles:
     max_tokens: int
     autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
     ranks: Ranks = field(default_factory=Ranks)
+    sharded: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +74,7 @@ class Roles:
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """The policy's weights by name, as a rollout engine loads them."""
-        return merged_weights(self.policy, POLICY) if self.adapted else self.policy.state_dict().items()
+        return merged_weights(self.policy, POLICY) if self.adapted else whole(self.policy.state_dict().items())
 
     @property
     def parts(self) -> dict[str, nn.Module | AdapterState]:
@@ -104,26 +108,34 @@ def load_roles(stage: Stage, encoder: Encoder, prompts: Sequence[EncodedPrompt],
     Errors:
         UserError: a model that the gate refuses, that does not fit the others, or that cannot be loaded.
     """
-    recipe, ppo = stage.recipe, stage.recipe.ppo
+    recipe, ppo, ranks = stage.recipe, stage.recipe.ppo, stage.ranks
     path, adapted = stage.inputs["policy"].path, ppo.sharing != "full"
     bf16 = recipe.model.dtype == "bfloat16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
+    _refuse_sharded_adapters(stage)
+
+    def placed(role: str, load: Callable[[torch.device | str], PreTrainedModel]) -> PreTrainedModel:
+        if wanted(role, ppo.shard, ranks):
+            return load_in_turn(partial(load, "cpu"), ranks, recipe.model.dtype)
+        return load(device)
+
+    def load(where: torch.device | str) -> PreTrainedModel:
+        """A frozen base lies in the recipe's dtype; weights that are trained, and their reference, in float32."""
+        model = load_policy(path, recipe.model.dtype if adapted else "float32", where)
+        check_projection(model, path)
+        disable_dropout(model)
+        return model.eval()
 
     @cache
     def policy() -> PreTrainedModel:
-        """A frozen base lies in the recipe's dtype; weights that are trained, and their reference, in float32."""
-        model = load_policy(path, recipe.model.dtype if adapted else "float32", device)
-        check_projection(model, path)
-        disable_dropout(model)
+        model = placed("policy", load)
         if adapted:
             add_adapter(model, POLICY, recipe.model.lora, seed=recipe.seed)
-        return model.eval()
+        return model
 
-    base = policy if ppo.sharing == "lora" else None
-    rewards = load_rewards(stage, encoder, prompts, device, autocast, base)
-    critic = load_critic(stage, rewards, encoder, policy).to(device)
-    reference = policy() if adapted else load_policy(path, "float32", device).requires_grad_(False).eval()
-    disable_dropout(reference)
+    rewards = load_rewards(stage, encoder, prompts, device, autocast, policy if ppo.sharing == "lora" else None)
+    critic = _placed_critic(stage, partial(load_critic, stage, rewards, encoder, policy)).to(device)
+    reference = policy() if adapted else placed("reference", load).requires_grad_(False)
     if ppo.gradient_checkpointing:
         for model in (policy(), critic.trunk):
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -135,7 +147,34 @@ def load_roles(stage: Stage, encoder: Encoder, prompts: Sequence[EncodedPrompt],
         temperature=recipe.rollout.temperature,
         max_tokens=ppo.max_tokens_per_micro_batch,
         autocast=autocast,
+        ranks=ranks,
+        sharded=any(map(is_sharded, (policy(), reference, critic))),
     )
+
+
+def _placed_critic(stage: Stage, load: Callable[[], Critic]) -> Critic:
+    """The critic, its trunk sharded unless that is the policy's."""
+    ppo = stage.recipe.ppo
+    if ppo.critic == "shared" or ppo.sharing == "lora" or not wanted("critic", ppo.shard, stage.ranks):
+        return load()
+    made: list[Critic] = []
+
+    def trunk() -> PreTrainedModel:
+        made.append(load())
+        return made[0].trunk
+
+    load_in_turn(trunk, stage.ranks, stage.recipe.model.dtype)
+    return made[0]
+
+
+def _refuse_sharded_adapters(stage: Stage) -> None:
+    ppo = stage.recipe.ppo
+    if ppo.sharing != "full" and any(wanted(role, ppo.shard, stage.ranks) for role in ("policy", "reference")):
+        raise UserError(
+            f"ppo.shard names the policy or the reference, and under ppo.sharing: {ppo.sharing} both are one frozen "
+            "base that carries adapters; that base is not sharded.",
+            mend="Set ppo.shard: [rewards] (or [critic, rewards] under lora_policy), or ppo.sharing: full.",
+        )
 
 
 def save_roles(roles: Roles, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path, base: str) -> None:
@@ -143,23 +182,23 @@ def save_roles(roles: Roles, recipe: Recipe, tokenizer: PreTrainedTokenizerBase,
 
     `base` is the path of the policy's start, for the adapter's configuration.
     """
-    dtype = recipe.model.dtype
-    save_policy(roles.policy, tokenizer, out, dtype, adapter_over=base if roles.adapted else None)
-    save_model(cast(roles.critic.classifier(), dtype), tokenizer, out / "critic")
+    dtype, ranks = recipe.model.dtype, roles.ranks
+    save_policy(roles.policy, tokenizer, out, dtype, adapter_over=base if roles.adapted else None, ranks=ranks)
+    save_model(cast(roles.critic.classifier(ranks), dtype), tokenizer, out / "critic", ranks=ranks)
 
 
 def memory_by_role(roles: Roles) -> dict[str, dict[str, float]]:
     """MiB of each role: its own `weights`, and `training`, the gradients and Adam's two moments of what it trains.
 
-    What several roles share is counted once, as `base` under `sharing: lora`.
+    What several roles share is counted once, as `base` under `sharing: lora`; of sharded models this rank's part.
     """
     seen: set[int] = set()
     trained = {"policy": roles.trainable(), "critic": roles.critic.trainable()}
     table: dict[str, dict[str, float]] = {}
     for role, parameters in _weights_by_role(roles).items():
-        new = {p.data_ptr(): p for p in parameters if p.data_ptr() not in seen}
+        new = {p.data_ptr(): p for p in map(own_part, parameters) if p.data_ptr() not in seen}
         seen |= new.keys()
-        training = sum(3 * p.numel() * p.element_size() for p in trained.get(role, ()))
+        training = sum(3 * p.numel() * p.element_size() for p in map(own_part, trained.get(role, ())))
         own = sum(p.numel() * p.element_size() for p in new.values())
         table[role] = {"weights": own / MIB, "training": training / MIB}
     return table
@@ -175,6 +214,13 @@ def model_names(roles: Roles) -> list[str]:
         if isinstance(source, ModelReward):
             names.append(f"reward {name} adapter" if isinstance(source, AdapterReward) else f"reward {name}")
     return names
+
+
+def sharded_models(roles: Roles) -> list[str]:
+    """The models that lie in parts on the ranks."""
+    own = {"policy": roles.policy, "critic": roles.critic} | ({} if roles.adapted else {"reference": roles.reference})
+    rewards = {f"reward {n}": s.model for n, s in roles.rewards.sources.items() if isinstance(s, ModelReward)}
+    return [name for name, model in (own | rewards).items() if is_sharded(model)]
 
 
 def _weights_by_role(roles: Roles) -> Mapping[str, Iterable[nn.Parameter]]:

@@ -7,26 +7,22 @@ push the new weights into the rollout engine. `python -m policy.ppo.stage runs/<
 from __future__ import annotations
 
 import math
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy
-import torch
 
 from pipeline.counts import models_in_memory
 from pipeline.data import load_prompts
 from pipeline.errors import UserError
 from pipeline.evaluation.judges import load_judges
-from pipeline.evaluation.saved import load_report, save_report
+from pipeline.evaluation.saved import has_report, load_report, save_report
 from pipeline.evaluation.summary import summarise
-from pipeline.recipe import Recipe
-from pipeline.records import Prompt
-from pipeline.stage import Stage, stage_main
+from pipeline.recipe import PpoSection, Recipe
+from pipeline.stage import Preempted, Stage
+from pipeline.stage_main import stage_main
 from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts, load_tokenizer
 from pipeline.tracking import read_metrics
 from policy.models import save_model
@@ -35,14 +31,16 @@ from policy.ppo.experience import Experience, check_engine, experience_metrics, 
 from policy.ppo.gate import batch_arithmetic
 from policy.ppo.health import Health, Verdict
 from policy.ppo.held_out import HeldOut, report_metrics
-from policy.ppo.order import pass_indices
+from policy.ppo.pace import Pace, compare_ranks
 from policy.ppo.ptx import PtxLoss, load_ptx
-from policy.ppo.roles import Roles, load_roles, memory_by_role, model_names, save_roles
+from policy.ppo.roles import Roles, load_roles, memory_by_role, model_names, save_roles, sharded_models
+from policy.ppo.rollouts import Rollouts
 from policy.ppo.state import Stateful, load_newest_state, save_state
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
 from rollout.batch import RolloutBatch
-from rollout.engine import RolloutEngine, SamplingOptions
+from rollout.engine import RolloutEngine
 from rollout.open import open_engine
+from rollout.server_client import RolloutServerError
 
 NAMED_ROWS = 4
 """Rows of a skipped optimiser step that are named in the log."""
@@ -58,14 +56,12 @@ class Run:
     learner: Learner
     controller: FixedKLController
     scale: RunningScale | None
-    engine: RolloutEngine
+    rollouts: Rollouts
     encoder: Encoder
-    prompts: list[EncodedPrompt]
     held_out: HeldOut
     health: Health
     ptx: PtxLoss | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    """The update's wall seconds by phase, and its `cpu_seconds`: those of all threads."""
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def recipe(self) -> Recipe:
@@ -73,75 +69,102 @@ class Run:
         return self.stage.recipe
 
     @property
+    def engine(self) -> RolloutEngine:
+        """What samples."""
+        return self.rollouts.engine
+
+    @property
     def parts(self) -> dict[str, Stateful]:
         """All whose state an exact resume needs."""
         parts: dict[str, Stateful] = {
             **self.roles.parts,
             "learner": self.learner,
+            "policy_optimizer": self.learner.policy_optimizer,
+            "critic_optimizer": self.learner.critic_optimizer,
+            "rollouts": self.rollouts,
             "kl_controller": self.controller,
             "health": self.health,
         }
         return parts if self.scale is None else {**parts, "score_scale": self.scale}
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Adds the block's wall seconds to `seconds[phase]`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+    def begin_update(self) -> None:
+        """Starts the clocks of an update."""
+        self.pace = Pace(self.stage.ranks)
+
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """See `Pace.timed`."""
+        return self.pace.timed(phase)
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Trains the policy and writes it with its critic, evaluations and summary."""
+    """Trains the policy and writes it with its critic, evaluations and summary; all ranks run it."""
     ppo = stage.recipe.ppo
     training = set_up(stage)
     with closing(training.engine), stage.progress(ppo.updates, "ppo") as progress:
-        done = resume(training)
-        for update in range(done + 1, ppo.updates + 1):
-            training.seconds, cpu_start = {}, time.process_time()
-            with training.timed("rollout"):
-                batch, prompts = sample(training, update)
-            with training.timed("experience"):
-                experience = make_experience(
-                    training.roles,
-                    batch,
-                    ppo,
-                    training.controller.kl_coef,
-                    prompts,
-                    scale=training.scale,
-                    logprob_tolerance=stage.recipe.rollout.logprob_tolerance,
-                )
-                gap = check_engine(experience, stage.recipe, update, training.engine.name)
-            with training.timed("update"):
-                options = UpdateOptions(
-                    ppo,
-                    stage.recipe.data.max_response_tokens,
-                    train_policy=update > ppo.critic_warmup_updates,
-                    ptx=training.ptx,
-                )
-                losses = ppo_update(training.roles, training.learner, experience, options)
-            say_skipped(training, update, experience.batch)
-            with training.timed("sync"):
-                training.engine.load_weights(training.roles.weights())
-            training.seconds["cpu_seconds"] = time.process_time() - cpu_start
-            metrics = summarise_update(training, experience, losses, gap)
-            if math.isfinite(metrics["objective/kl"]):
-                training.controller.update(metrics["objective/kl"], ppo.rollout_batch_size)
+        for update in range(resume(training) + 1, ppo.updates + 1):
+            metrics, lost = one_update(training, update)
             stage.tracker.log(update, metrics)
             progress.update(update, {key.rpartition("/")[2]: metrics[key] for key in SHOWN})
-            if update % ppo.eval_every == 0 or update == ppo.updates:
-                evaluate(training, update)
+            if lost is None and evaluation_is_due(ppo, update):
+                lost = lost_in(partial(evaluate, training, update))
             diagnose(training, update, metrics)
-            if update % ppo.save_every == 0 and update < ppo.updates:
+            told = stage.told_to_save() and update < ppo.updates
+            if told or lost is not None or (update % ppo.save_every == 0 and update < ppo.updates):
                 save(training, update)
+            if lost is not None:
+                raise lost
+            if told:
+                raise Preempted(update)
     return finish(training)
+
+
+def one_update(training: Run, update: int) -> tuple[dict[str, float], RolloutServerError | None]:
+    """Rollout, experience, optimisation, and new weights for the engine; returns the update's metrics.
+
+    A server that is lost while it samples ends the run with the state before the update saved; one that is lost when
+    it is to take the new weights, an error that is returned, with the state after it.
+    """
+    recipe, ppo = training.recipe, training.recipe.ppo
+    training.begin_update()
+    with training.timed("rollout"):
+        try:
+            batch, prompts = training.rollouts.take(update)
+        except RolloutServerError:
+            if update > 1:
+                save(training, update - 1)
+            raise
+        training.rollouts.begin(update + 1)
+        training.engine.rest()
+    with training.timed("experience"):
+        experience = make_experience(
+            training.roles,
+            batch,
+            ppo,
+            training.controller.kl_coef,
+            prompts,
+            scale=training.scale,
+            logprob_tolerance=recipe.rollout.logprob_tolerance,
+        )
+        gap = check_engine(experience, recipe, update, training.engine.name)
+    with training.timed("update"):
+        options = UpdateOptions(
+            ppo, recipe.data.max_response_tokens, train_policy=update > ppo.critic_warmup_updates, ptx=training.ptx
+        )
+        losses = ppo_update(training.roles, training.learner, experience, options)
+    say_skipped(training, update, experience.batch)
+    with training.timed("rollout"):
+        lost = lost_in(training.rollouts.end)
+    with training.timed("sync"):
+        lost = lost or lost_in(lambda: training.engine.load_weights(training.roles.weights(), version=update))
+    metrics = summarise_update(training, update, experience, losses, gap)
+    if math.isfinite(metrics["objective/kl"]):
+        training.controller.update(metrics["objective/kl"], ppo.rollout_batch_size)
+    return metrics, lost
 
 
 def set_up(stage: Stage) -> Run:
     """Loads data, the models and the engine; refuses what would train garbage before any model is loaded."""
     recipe, ppo = stage.recipe, stage.recipe.ppo
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("the ppo stage runs in one process.", mend="Start it with `tristage ppo`.")
     policy_input = stage.inputs["policy"]
     tokenizer = load_tokenizer(policy_input.path, recipe.model)
     stage.record_tokenizer(tokenizer)
@@ -149,13 +172,12 @@ def set_up(stage: Stage) -> Run:
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     train, held_out = _prompts(stage, encoder)
     ptx = load_ptx(stage, encoder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    roles = load_roles(stage, encoder, train, device)
+    roles = load_roles(stage, encoder, train, stage.ranks.device)
     if ppo.kl_target_per_sequence is None:
         controller = FixedKLController(ppo.kl_coef)
     else:
         controller = AdaptiveKLController(ppo.kl_coef, ppo.kl_target_per_sequence, ppo.kl_horizon)
-    engine = open_engine(recipe, _engine_directory(stage, roles, encoder), stage.say)
+    engine = open_engine(recipe, _engine_directory(stage, roles, encoder), stage.say, ranks=stage.ranks)
     stage.record(engine={"name": engine.name, "version": engine.version})
     _say_arithmetic(stage, roles, engine)
     return Run(
@@ -164,9 +186,8 @@ def set_up(stage: Stage) -> Run:
         learner=Learner.create(roles, ppo, recipe.seed),
         controller=controller,
         scale=RunningScale() if ppo.score_scaling == "running" else None,
-        engine=engine,
+        rollouts=Rollouts(engine, train, recipe, encoder.pad_token_id),
         encoder=encoder,
-        prompts=train,
         held_out=HeldOut(held_out, encoder, judges, recipe),
         health=Health(ppo),
         ptx=ptx,
@@ -176,39 +197,29 @@ def set_up(stage: Stage) -> Run:
 def resume(training: Run) -> int:
     """Restores the newest saved state and returns the number of updates done; a fresh run evaluates SFT first."""
     stage = training.stage
-    done = load_newest_state(stage.state, training.parts)
+    done = load_newest_state(stage.state, training.parts, stage.ranks, say=stage.say)
     stage.tracker.rewind(-1 if done is None else done)
+    if done is not None or stage.recipe.rollout.mode == "server":
+        training.engine.load_weights(training.roles.weights(), version=done or 0)
     if done is None:
         evaluate(training, 0)
         return 0
-    training.engine.load_weights(training.roles.weights())
     stage.say(f"resumed after update {done} of {stage.recipe.ppo.updates}")
+    if evaluation_is_due(stage.recipe.ppo, done) and stage.ranks.broadcast(not has_report(stage.out, done)):
+        evaluate(training, done)
     return done
 
 
-def sample(training: Run, update: int) -> tuple[RolloutBatch, list[Prompt]]:
-    """Responses of the current policy to this update's prompts, and their records.
-
-    Order and seeds depend on the update alone.
-    """
-    recipe, size = training.recipe, training.recipe.ppo.rollout_batch_size
-    chosen = pass_indices(len(training.prompts), size, update, recipe.seed)
-    prompts = [training.prompts[index] for index in chosen]
-    prompt_ids = [prompt.ids for prompt in prompts]
-    seeds = numpy.random.SeedSequence((recipe.seed, update)).generate_state(size).tolist()
-    sampling = SamplingOptions(recipe.data.max_response_tokens, recipe.rollout.temperature)
-    completions = training.engine.generate(prompt_ids, sampling, seeds)
-    batch = RolloutBatch.from_completions(prompt_ids, completions, training.encoder.pad_token_id)
-    return batch, [prompt.prompt for prompt in prompts]
-
-
 def summarise_update(
-    training: Run, experience: Experience, losses: dict[str, float], gap: tuple[float, float]
+    training: Run, update: int, experience: Experience, losses: dict[str, float], gap: tuple[float, float]
 ) -> dict[str, float]:
-    """The update's row of metrics.jsonl, under the names of trl's PPOTrainer; all means are masked."""
-    tokens = experience.batch.response_mask.sum().item()
-    seconds = {f"time/{phase}": value for phase, value in training.seconds.items()}
-    return {
+    """The update's row of metrics.jsonl, under the names of trl's PPOTrainer; all means are masked.
+
+    It is that of rank 0 on all ranks, so that they decide alike.
+    """
+    batch = experience.batch
+    tokens = batch.response_mask.sum().item()
+    metrics = {
         **experience_metrics(experience, training.controller.kl_coef),
         **losses,
         "policy/skipped_steps": float(training.learner.skipped_steps),
@@ -216,9 +227,13 @@ def summarise_update(
         "rollout/max_logprob_gap": gap[0],
         "rollout/mean_probability_gap": gap[1],
         "lr/policy": float(training.learner.policy_schedule.get_last_lr()[0]),
-        "time/rollout_tokens_per_second": tokens / training.seconds["rollout"],
-        **seconds,
+        "rollout/staleness": update - 1 - batch.policy_versions.float().mean().item(),
+        "time/rollout_tokens_per_second": tokens / training.pace.seconds["rollout"],
+        **{f"time/{phase}": value for phase, value in training.pace.seconds.items()},
+        "time/cpu_seconds": training.pace.cpu_seconds,
+        **compare_ranks(training.stage, training.pace, update, tokens),
     }
+    return training.stage.ranks.broadcast(metrics)
 
 
 def say_skipped(training: Run, update: int, batch: RolloutBatch) -> None:
@@ -262,13 +277,30 @@ def announce(stage: Stage, verdict: Verdict) -> None:
 
 def save(training: Run, update: int) -> None:
     """Writes everything that an exact resume after `update` needs."""
-    save_state(training.stage.state, update, training.parts)
+    stage = training.stage
+    save_state(stage.state, update, training.parts, stage.ranks, keep=stage.recipe.ppo.keep_states)
+
+
+def evaluation_is_due(ppo: PpoSection, update: int) -> bool:
+    """Whether the policy is evaluated after `update`."""
+    return update % ppo.eval_every == 0 or update == ppo.updates
+
+
+def lost_in(act: Callable[[], None]) -> RolloutServerError | None:
+    """Does it; a server that is lost meanwhile is returned, so that the state is saved before the run ends."""
+    try:
+        act()
+    except RolloutServerError as error:
+        return error
+    return None
 
 
 def evaluate(training: Run, update: int) -> None:
     """Held-out evaluation: numbers into metrics.jsonl, a fixed set of generations into samples.jsonl."""
     stage = training.stage
     report = training.held_out.evaluate(training.roles, training.engine)
+    if report is None:
+        return
     save_report(stage.out, update, report)
     stage.tracker.log(update, report_metrics(report))
     shown = report.rows[:: report.samples_per_prompt][: stage.recipe.eval.shown_samples]
@@ -283,8 +315,10 @@ def finish(training: Run) -> dict[str, Any]:
     for verdict in training.health.finish(recipe.ppo.updates):
         announce(stage, verdict)
     stage.record(health=[asdict(verdict) for verdict in training.health.verdicts])
-    before, after = load_report(stage.out, 0), load_report(stage.out, recipe.ppo.updates)
     save_roles(training.roles, recipe, training.encoder.tokenizer, stage.out, stage.inputs["policy"].path)
+    if not stage.ranks.is_main:
+        return {}
+    before, after = load_report(stage.out, 0), load_report(stage.out, recipe.ppo.updates)
     summary = summarise(before, after, shown=recipe.eval.shown_samples, seed=recipe.seed)
     stage.console.print(summary)
     (stage.out / "summary.md").write_text(summary.markdown(), encoding="utf-8")
@@ -332,7 +366,7 @@ def _engine_directory(stage: Stage, roles: Roles, encoder: Encoder) -> Path:
     if path.is_dir():
         return path
     directory = stage.state / "engine"
-    save_model(roles.policy, encoder.tokenizer, directory, roles.weights())
+    save_model(roles.policy, encoder.tokenizer, directory, roles.weights(), ranks=stage.ranks)
     return directory
 
 
@@ -343,6 +377,9 @@ def _say_arithmetic(stage: Stage, roles: Roles, engine: RolloutEngine) -> None:
     stage.say(f"policy {size:.1f}M parameters, {trained:.2f}M trained; rollouts by {engine.name} {engine.version}")
     memory = memory_by_role(roles)
     stage.record(memory=memory, models_in_memory=models_in_memory(model_names(roles)))
+    if stage.ranks.world > 1:
+        sharded = ", ".join(sharded_models(roles)) or "none"
+        stage.say(f"{stage.ranks.world} ranks share every batch; models in parts on them: {sharded}")
     shown = (f"{role} {m['weights']:.1f} + {m['training']:.1f}" for role, m in memory.items())
     stage.say(f"MiB of weights + gradients and Adam, ppo.sharing {ppo.sharing}: " + ", ".join(shown))
     stage.say(batch_arithmetic(ppo))

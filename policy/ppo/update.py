@@ -13,18 +13,19 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.recipe import PpoSection
+from pipeline.sharding import whole_norm
 from policy.ppo.experience import (
     Experience,
     Pass,
     critic_values,
     forward_policy,
-    micro_batches,
     training_mode,
     unsound_rows,
 )
 from policy.ppo.maths import PolicyLossOptions, StepCounts, kl_loss, policy_loss, value_loss
 from policy.ppo.ptx import PtxLoss
 from policy.ppo.roles import Roles
+from policy.ppo.slices import Slice, slices
 from policy.tensors import masked_reduce
 
 SUMMED = (
@@ -82,10 +83,8 @@ class Learner:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact resume needs."""
+        """Everything an exact resume needs beside the optimisers, which are parts of their own."""
         return {
-            "policy_optimizer": self.policy_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
             "policy_schedule": self.policy_schedule.state_dict(),
             "critic_schedule": self.critic_schedule.state_dict(),
             "generator": self.generator.get_state(),
@@ -95,8 +94,6 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict()`."""
-        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.policy_schedule.load_state_dict(state["policy_schedule"])
         self.critic_schedule.load_state_dict(state["critic_schedule"])
         self.generator.set_state(state["generator"])
@@ -192,8 +189,8 @@ def _optimiser_step(
         metrics["loss/ptx_avg"] = options.ptx.backward(roles, learner.ptx_steps)
     roles.ranks.sum_gradients([*roles.trainable(), *roles.critic.trainable()])
     norms = {
-        "policy/grad_norm": nn.utils.clip_grad_norm_(roles.trainable(), ppo.max_grad_norm),
-        "val/grad_norm": nn.utils.clip_grad_norm_(roles.critic.trainable(), ppo.max_grad_norm),
+        "policy/grad_norm": whole_norm(nn.utils.clip_grad_norm_(roles.trainable(), ppo.max_grad_norm)),
+        "val/grad_norm": whole_norm(nn.utils.clip_grad_norm_(roles.critic.trainable(), ppo.max_grad_norm)),
     }
     step = {key: float(value) for key, value in {**metrics, **norms}.items()}
     if not all(math.isfinite(step[key]) for key in MUST_BE_FINITE):
@@ -213,9 +210,9 @@ def _passes(roles: Roles, experience: Experience, rows: list[int], ppo: PpoSecti
     A critic that shares nothing with it follows after the policy's backward, so that one graph is alive at a time.
     """
     minibatch = experience.batch.select(rows)
-    for slice_ in micro_batches(minibatch, roles.max_tokens, roles.ranks):
-        chosen = [rows[i] for i in slice_]
-        yield forward_policy(roles, experience.batch, chosen, with_entropy=ppo.entropy_coef > 0)
+    for chosen, counts in slices(minibatch, roles.max_tokens, roles.ranks, in_step=roles.sharded):
+        slice_ = Slice([rows[i] for i in chosen], counts)
+        yield forward_policy(roles, experience.batch, slice_, with_entropy=ppo.entropy_coef > 0)
 
 
 def _backward(
@@ -223,6 +220,7 @@ def _backward(
 ) -> dict[str, Tensor]:
     """Losses and backward of policy and critic; returns this slice's share of the step's metrics."""
     loss, policy_metrics = _policy_loss(experience, one, ppo, counts)
+    loss = loss * float(one.counts)
     if not roles.critic.on_policy:
         loss.backward()
     with roles.critic.acting():
@@ -236,7 +234,10 @@ def _backward(
             denominator=counts,
             reduction=ppo.loss_reduction,
         )
+        critic_loss = critic_loss * float(one.counts)
         (loss + ppo.value_coef * critic_loss if roles.critic.on_policy else critic_loss).backward()
+    if not one.counts:
+        return {}
     return {
         "loss/policy_avg": loss.detach(),
         "loss/value_avg": critic_loss.detach(),

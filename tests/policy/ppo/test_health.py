@@ -49,6 +49,7 @@ SOUND = {
     "response/eos_rate": 0.9,
     "response/length": 10.0,
     "rollout/mean_probability_gap": 0.0,
+    "rollout/staleness": 0.0,
     "val/explained_variance": 0.5,
     "val/ratio_first": 1.0,
     "val/returns_std": 1.0,
@@ -82,6 +83,7 @@ def _train(
             **experience_metrics(experience, kl_coef),
             **ppo_update(roles, learner, experience, UpdateOptions(ppo, 8)),
             "rollout/mean_probability_gap": engine_gap(batch, experience.old_logprobs)[1],
+            "rollout/staleness": 0.0,
             "lr/policy": ppo.learning_rate,
             "policy/skipped_steps": float(learner.skipped_steps),
         }
@@ -312,6 +314,10 @@ def test_a_verdict_says_numbers_and_recipe_keys() -> None:
     )
     assert "0.02" in verdict.cause
     assert "rollout.engine" in verdict.mend
+
+
+def test_a_gap_of_responses_that_older_weights_sampled_on_purpose_is_no_fault() -> None:
+    assert Health(PPO).check(4, {**SOUND, "rollout/mean_probability_gap": 0.02, "rollout/staleness": 1.0}) == []
 
 
 def test_every_mend_names_keys_that_the_recipe_has() -> None:

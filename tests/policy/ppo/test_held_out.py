@@ -31,6 +31,7 @@ def test_a_score_that_is_not_finite_stops_the_evaluation_with_source_and_row(tmp
     assert isinstance(source, ModelReward)
     with closing(training.engine):
         before = training.held_out.evaluate(training.roles, training.engine)
+        assert before is not None
         assert before.score is not None
         token = next(token for token in spoilt.ids if token not in sound.ids)
         _forget(source.model.get_input_embeddings(), token)
@@ -67,6 +68,7 @@ def test_reports_are_listed_by_update_whatever_order_they_were_saved_in(tmp_path
     training = set_up(_stage(place, _reward_model(place)))
     with closing(training.engine):
         report = training.held_out.evaluate(training.roles, training.engine)
+    assert report is not None
     for update in (1_000_000, 20, 0, 3):
         save_report(tmp_path, update, report)
     loaded = load_reports(tmp_path)

@@ -9,12 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from torch.distributed.device_mesh import init_device_mesh
 
+from pipeline.ranks import Ranks
 from pipeline.recipe import PpoSection
+from pipeline.sharding import shard, whole
 from pipeline.tokens import EncodedExample
+from policy.critics import ValueModel
 from policy.ppo.experience import make_experience
 from policy.ppo.ptx import PtxLoss
-from policy.ppo.ranks import Ranks
+from policy.ppo.rewards import ModelReward, Rewards
+from policy.ppo.roles import Roles
 from policy.ppo.update import Learner, UpdateOptions, ppo_update
 from tests.policy.conftest import make_batch, make_roles
 
@@ -32,13 +37,21 @@ PPO = PpoSection(
 EXAMPLES = [EncodedExample([1, 5, 6, 20, 2], 3), EncodedExample([1, 7, 21, 22, 2], 2), EncodedExample([1, 8, 2], 2)]
 
 
-def one_update(policy_dir: Path, reward_dir: Path, ranks: Ranks, ppo: PpoSection) -> dict[str, torch.Tensor]:
-    roles = replace(make_roles(policy_dir, reward_dir, max_tokens=24), ranks=ranks)
+SHARDED = ("policy", "critic", "reference", "rewards")
+
+
+def one_update(
+    policy_dir: Path, reward_dir: Path, ranks: Ranks, ppo: PpoSection, sharded: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    roles = roles_on(ranks, make_roles(policy_dir, reward_dir, max_tokens=24), sharded)
     experience = make_experience(roles, make_batch(), ppo, 0.1)
     learner = Learner.create(roles, ppo, seed=0)
     ptx = PtxLoss(EXAMPLES, coef=0.3, size=3, seed=0, pad_id=0)
     metrics = ppo_update(roles, learner, experience, UpdateOptions(ppo, 8, ptx=ptx))
-    weights = [p.detach().flatten() for p in (*roles.policy.parameters(), *roles.critic.parameters())]
+    assert isinstance(roles.critic, ValueModel)
+    weights = [
+        w.detach().flatten() for m in (roles.policy, roles.critic.model) for _, w in whole(m.state_dict().items())
+    ]
     return {
         "weights": torch.cat(weights),
         "advantages": experience.advantages,
@@ -47,19 +60,46 @@ def one_update(policy_dir: Path, reward_dir: Path, ranks: Ranks, ppo: PpoSection
     }
 
 
-def as_rank(rank: int, world: int, store: str, directories: tuple[Path, Path], ppo: PpoSection, out: Path) -> None:
+def roles_on(ranks: Ranks, roles: Roles, sharded: tuple[str, ...]) -> Roles:
+    assert isinstance(roles.critic, ValueModel)
+    source = roles.rewards.sources["rm"]
+    assert isinstance(source, ModelReward)
+    models = {
+        "policy": roles.policy,
+        "critic": roles.critic.model,
+        "reference": roles.reference,
+        "rewards": source.model,
+    }
+    for name in sharded:
+        shard(models[name], init_device_mesh("cpu", (ranks.world,)), "float32")
+    rewards = Rewards({"rm": replace(source, ranks=ranks)}, {"rm": 1.0}, ranks)
+    return replace(roles, ranks=ranks, rewards=rewards, sharded=bool(sharded))
+
+
+def as_rank(
+    rank: int,
+    world: int,
+    store: str,
+    directories: tuple[Path, Path],
+    ppo: PpoSection,
+    sharded: tuple[str, ...],
+    out: Path,
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    torch.save(one_update(*directories, Ranks(rank, world), ppo), out / f"{rank}.pt")
+    torch.save(one_update(*directories, Ranks(rank, world, rank, world), ppo, sharded), out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("sharded", [(), SHARDED, ("critic", "rewards")])
 @pytest.mark.parametrize("minibatches", [1, 6])
-def test_two_ranks_do_what_one_does(policy_dir: Path, reward_dir: Path, tmp_path: Path, minibatches: int) -> None:
+def test_two_ranks_do_what_one_does(
+    policy_dir: Path, reward_dir: Path, tmp_path: Path, minibatches: int, sharded: tuple[str, ...]
+) -> None:
     """With six minibatches one rank has no row in any step, only its part of the demonstrations."""
     ppo = PPO.model_copy(update={"num_minibatches": minibatches})
-    expected = one_update(policy_dir, reward_dir, Ranks(), ppo)
-    arguments = (2, str(tmp_path / "store"), (policy_dir, reward_dir), ppo, tmp_path)
+    expected = one_update(policy_dir, reward_dir, Ranks(), ppo, ())
+    arguments = (2, str(tmp_path / "store"), (policy_dir, reward_dir), ppo, sharded, tmp_path)
     processes.spawn(as_rank, arguments, nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     for rank in (0, 1):
         got = torch.load(tmp_path / f"{rank}.pt")
