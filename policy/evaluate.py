@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline.artifacts import identity, write_json
 from pipeline.data import has_labels, load_prompts
@@ -25,12 +26,15 @@ from pipeline.errors import UserError
 from pipeline.evaluation.judges import load_judges
 from pipeline.evaluation.measures import Estimate, self_bleu
 from pipeline.evaluation.policy_eval import PolicyReport, SampledResponses, measure, sample_responses
+from pipeline.evaluation.shared import shared_judges
 from pipeline.leaks import refuse_leaks
 from pipeline.preferences import load_demonstrations, load_preferences
 from pipeline.records import Ranking
-from pipeline.stage import Stage, stage_main
+from pipeline.stage import Stage
+from pipeline.stage_main import stage_main
 from pipeline.tokens import Encoder, encode_prompts, encode_sft, load_tokenizer, tokenizer_sha256
 from pipeline.tracking import SAMPLES
+from pipeline.trainer_ranks import is_sharded_run, place_frozen
 from policy.likelihoods import Reader, held_out_likelihoods, sample_sums, sft_perplexity
 from policy.models import check_projection, disable_dropout, load_policy
 from policy.ppo.held_out import report_metrics, reward_scores
@@ -63,7 +67,7 @@ def run(stage: Stage) -> dict[str, Any]:
     """Measures the policy into evaluation.json and samples.jsonl; returns the figures for the manifest."""
     for line in refuse_leaks(stage.recipe.data):
         stage.say(line)
-    judges = load_judges(stage.recipe.eval)
+    judges = shared_judges(load_judges(stage.recipe.eval), stage.ranks)
     own, start = ask(stage)
     samples = draw(stage, own)
     read = read_back(stage, samples, own, start)
@@ -79,9 +83,10 @@ def run(stage: Stage) -> dict[str, Any]:
         "sft_perplexity": read.sft_perplexity,
     }
     evaluation = _finite(evaluation)
-    write_json(stage.out / EVALUATION, evaluation)
-    with (stage.out / SAMPLES).open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in sample_rows(report))
+    if stage.ranks.is_main:
+        write_json(stage.out / EVALUATION, evaluation)
+        with (stage.out / SAMPLES).open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in sample_rows(report))
     for line in summary_lines(stage, report, evaluation):
         stage.say(line)
     return figures(report, evaluation)
@@ -126,7 +131,7 @@ def ask(stage: Stage) -> tuple[Asked, Asked]:
 def draw(stage: Stage, own: Asked) -> SampledResponses:
     """`eval.samples_per_prompt` responses to every prompt."""
     recipe = stage.recipe
-    with closing(open_engine(recipe, stage.inputs["policy"].path, stage.say)) as engine:
+    with closing(open_engine(recipe, stage.inputs["policy"].path, stage.say, ranks=stage.ranks)) as engine:
         samples = sample_responses(
             engine,
             own.prompts,
@@ -141,14 +146,15 @@ def draw(stage: Stage, own: Asked) -> SampledResponses:
 
 def read_back(stage: Stage, samples: SampledResponses, own: Asked, start: Asked) -> Read:
     """Loads policy and reference and has them read the samples, the held-out answers and the demonstrations."""
-    recipe = stage.recipe
+    recipe, ranks, sharded = stage.recipe, stage.ranks, is_sharded_run(stage)
     policy, reference = (
-        Reader(_load(stage, role), asked.encoder) for role, asked in (("policy", own), ("reference", start))
+        Reader(place_frozen(stage, partial(_load, stage.inputs[role].path), sharded=sharded), asked.encoder, ranks)
+        for role, asked in (("policy", own), ("reference", start))
     )
     temperature, pad_id = recipe.rollout.temperature, own.encoder.pad_token_id
     ids = [prompt.ids for prompt in own.prompts], [prompt.ids for prompt in start.prompts]
-    sums = sample_sums(policy.model, samples, ids[0], pad_id, temperature, with_entropy=True)
-    base = sample_sums(reference.model, samples, ids[1], pad_id, temperature)
+    sums = sample_sums(policy.model, samples, ids[0], pad_id, temperature, with_entropy=True, ranks=ranks)
+    base = sample_sums(reference.model, samples, ids[1], pad_id, temperature, ranks=ranks)
     tokens = sum(len(completion.token_ids) for _, _, completion in samples.flat)
     return Read(
         kl=sums.logprobs - base.logprobs,
@@ -168,7 +174,7 @@ def score(stage: Stage, samples: SampledResponses, start: Asked) -> Tensor | Non
     """
     if not stage.recipe.with_score:
         return None
-    device = torch.device(_device())
+    device = stage.ranks.device
     bf16 = stage.recipe.model.dtype == "bfloat16"
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
     loaded = load_rewards(stage, start.encoder, start.prompts, device, autocast)
@@ -226,16 +232,11 @@ def summary_lines(stage: Stage, report: PolicyReport, evaluation: Mapping[str, A
     return lines
 
 
-def _load(stage: Stage, role: str) -> Any:
-    path = stage.inputs[role].path
-    model = load_policy(path, "float32", _device())
+def _load(path: str, device: torch.device) -> PreTrainedModel:
+    model = load_policy(path, "float32", device)
     check_projection(model, path)
     disable_dropout(model)
     return model.eval()
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _likelihoods(stage: Stage, policy: Reader, reference: Reader) -> dict[str, float | None] | None:
@@ -281,4 +282,4 @@ def _finite(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    stage_main("evaluate", run=run)
+    stage_main("evaluate", run=run, saves=False)

@@ -14,14 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.data import load_rankings
+from pipeline.equal_batches import turns
 from pipeline.errors import UserError
 from pipeline.evaluation.policy_eval import SampledResponses
+from pipeline.ranks import ALONE, Ranks
 from pipeline.recipe import DataSection, Recipe
 from pipeline.records import Ranking
+from pipeline.sharding import is_sharded
 from pipeline.tokens import EncodedExample, EncodedRanking, Encoder, encode_rankings, load_tokenizer
 from policy.answers import Group
 from policy.models import load_policy, response_scores
-from policy.ppo.experience import micro_batches
+from policy.ppo.slices import micro_batches
 from policy.preference_data import REFERENCE_TOKENS, Row, reference_sums
 from reward_model.data import ordered_pairs
 from reward_model.evaluate import spearman
@@ -30,10 +33,11 @@ from rollout.batch import RolloutBatch
 
 @dataclass(frozen=True)
 class Reader:
-    """A loaded policy and the encoder that puts prompts into its form."""
+    """A loaded policy and the encoder that puts prompts into its form; `ranks` share what it reads."""
 
     model: PreTrainedModel
     encoder: Encoder
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,25 @@ def sample_sums(
     temperature: float,
     *,
     with_entropy: bool = False,
+    ranks: Ranks = ALONE,
 ) -> SampleSums:
     """`SampleSums` of the samples under `model` at `temperature`; its entropies are NaN unless they are asked for.
 
     `prompt_ids` are the samples' prompts as `model` reads them, which need not be how the sampled policy did. The
-    entropy of a token's distribution is over the whole vocabulary: -sum_v p(v) log p(v).
+    entropy of a token's distribution is over the whole vocabulary: -sum_v p(v) log p(v). The ranks share the forwards,
+    which are the same ones however many ranks there are; all get all sums.
     """
     prompts = [ids for ids, drawn in zip(prompt_ids, samples.completions, strict=True) for _ in drawn]
     batch = RolloutBatch.from_completions(prompts, [completion for _, _, completion in samples.flat], pad_id)
     logprobs, entropy = (torch.zeros(len(batch), dtype=torch.float64) for _ in range(2))
-    for rows in micro_batches(batch, REFERENCE_TOKENS):
-        part = batch.select(rows).to(model.device)
-        scores = response_scores(model, part, temperature, with_entropy=with_entropy)
-        logprobs[rows] = scores.logprobs.double().sum(1).cpu()
-        entropy[rows] = scores.entropy.double().sum(1).cpu()
+    parts = micro_batches(batch, REFERENCE_TOKENS)
+    for number, counted in turns(len(parts), ranks, in_step=is_sharded(model)):
+        rows = parts[number]
+        scores = response_scores(model, batch.select(rows).to(model.device), temperature, with_entropy=with_entropy)
+        if counted:
+            logprobs[rows] = scores.logprobs.double().sum(1).cpu()
+            entropy[rows] = scores.entropy.double().sum(1).cpu()
+    ranks.sum_((logprobs, entropy))
     return SampleSums(logprobs, entropy)
 
 
@@ -148,7 +157,7 @@ def sft_perplexity(examples: Sequence[EncodedExample], reader: Reader) -> float 
     if not rows:
         return None
     pad_id = reader.encoder.pad_token_id
-    sums = reference_sums(rows, reader.model, pad_id, shared=False, autocast=nullcontext)
+    sums = reference_sums(rows, reader.model, pad_id, shared=False, autocast=nullcontext, ranks=reader.ranks)
     tokens = sum(len(row.group.answer_ids[0]) for row in rows)
     return float(np.exp(-np.sum(sums) / tokens))
 
@@ -168,4 +177,5 @@ def _in_both_forms(
 def _answer_sums(reader: Reader, rankings: Sequence[EncodedRanking]) -> np.ndarray:
     """sum log p of every answer, nats [answers]."""
     rows = [Row(Group(ranking.prompt_ids, ranking.response_ids)) for ranking in rankings]
-    return np.array(reference_sums(rows, reader.model, reader.encoder.pad_token_id, shared=False, autocast=nullcontext))
+    pad_id, ranks = reader.encoder.pad_token_id, reader.ranks
+    return np.array(reference_sums(rows, reader.model, pad_id, shared=False, autocast=nullcontext, ranks=ranks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
+from pipeline.equal_batches import counts
 from pipeline.recipe import Recipe
 from pipeline.recipe_direct import IftSection, KtoSection
+from pipeline.sharding import through
 from policy.answers import AnswerBatch, answer_logprobs
 from policy.losses import METHODS
 from policy.losses.contrast_sft import contrast_sft_loss
@@ -127,8 +130,10 @@ class KtoObjective:
         total = torch.zeros(2, dtype=torch.float64, device=model.device)
         for inputs in batches:
             other = {key.removeprefix("other_"): value for key, value in inputs.items() if key.startswith("other_")}
-            gaps = answer_logprobs(model, AnswerBatch.of(other, shared=False)).answers - other["reference"]
-            total += torch.stack([gaps.sum(), torch.tensor(float(len(gaps)), device=gaps.device)])
+            batch = AnswerBatch.of(other, shared=False)
+            gaps = through(model, model, partial(answer_logprobs, model, batch)).answers - other["reference"]
+            if counts(inputs):
+                total += torch.stack([gaps.sum(), torch.tensor(float(len(gaps)), device=gaps.device)])
         total = step.sum_(total)
         gap, count = total
         self.reference_point = kto_reference_point(gap[None], torch.zeros_like(gap)[None], count).float()

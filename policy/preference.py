@@ -20,14 +20,26 @@ import torch
 
 from pipeline.adapters import add_adapter
 from pipeline.artifacts import identity, read_manifest
-from pipeline.checkpoints import final_evaluation, newest_complete_checkpoint
+from pipeline.checkpoints import final_evaluation
 from pipeline.counts import models_in_memory, training_counts
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.recipe_direct import DirectSection
-from pipeline.stage import Stage, stage_main
+from pipeline.sharding import through
+from pipeline.stage import Stage
+from pipeline.stage_main import stage_main
 from pipeline.tokens import PROMPT_SLOT, Encoder, load_tokenizer, set_prompt_form
 from pipeline.trainer_log import trainer_callback
+from pipeline.trainer_ranks import (
+    check_arguments,
+    is_sharded_run,
+    leave_if_told,
+    place,
+    place_frozen,
+    precision,
+    refuse_sharded_adapter,
+    train_on,
+)
 from pipeline.trl_args import build_trainer_arguments
 from policy.answers import can_share_prompts
 from policy.losses import METHODS
@@ -80,6 +92,8 @@ class Direct:
 
     Attributes:
         start, own: the policy's start and the trained policy with their prompts, which differ under contrast SFT.
+        shared: answers of one prompt share its row.
+        sharded: models lie in parts on the ranks.
     """
 
     stage: Stage
@@ -89,6 +103,7 @@ class Direct:
     start: Asked
     own: Asked
     shared: bool
+    sharded: bool = False
 
     @property
     def name(self) -> str:
@@ -98,12 +113,12 @@ class Direct:
     @property
     def judged(self) -> Judged:
         """What the policy's evaluations share."""
-        return Judged(self.stage, self.start, self.own, adapted=self.section.lora)
+        return Judged(self.stage, self.start, self.own, adapted=self.section.lora, sharded=self.sharded)
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
         """The precision of forwards outside the Trainer."""
-        bf16 = self.stage.recipe.model.dtype == "bfloat16"
+        bf16 = precision(self.stage.recipe.model.dtype, sharded=self.sharded)["bf16"]
         return partial(torch.autocast, self.model.device.type, torch.bfloat16) if bf16 else nullcontext
 
 
@@ -113,39 +128,47 @@ def run(stage: Stage) -> dict[str, Any]:
     trained = train(direct, with_reference_sums(direct))
     gc.collect()  # the optimiser's memory, before the engine asks for its own
     save(direct)
+    leave_if_told(stage, trained["steps"])
     return {**trained, **evaluate(direct.judged, trained["steps"], direct.model)}
 
 
 def set_up(stage: Stage) -> Direct:
     """Data, policy and what can be shared; all refusals come before a step is taken."""
     recipe = stage.recipe
-    section = sections(recipe)[stage.name]
-    source = stage.inputs["policy"].path
-    tokenizer = load_tokenizer(source, recipe.model)
+    section, sharded = sections(recipe)[stage.name], is_sharded_run(stage)
+    refuse_sharded_adapter(stage, section.lora, sharded=sharded)
+    tokenizer = load_tokenizer(stage.inputs["policy"].path, recipe.model)
     stage.record_tokenizer(tokenizer)
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     refuse_foreign_reference(stage)
     data, start = load_rows(stage, encoder), asked(stage, encoder)
     own = start if stage.name != "contrast" else asked_in_form(stage, encoder, start)
-    model = load_policy(source, "float32", "cuda" if torch.cuda.is_available() else "cpu")
-    check_projection(model, source)
+    model = place(stage, partial(load_start, stage, section), sharded=sharded)
     refuse_long_rows(stage.name, [*data.train, *data.held_out], context_length(model.config.get_text_config()))
-    disable_dropout(model)
-    if section.lora:
-        add_adapter(model, POLICY, recipe.model.lora, seed=recipe.seed)
     method = METHODS[stage.name]
     read = "means" if method.averaged else "sums"
     against = ", against a frozen reference" if method.needs_reference else ""
     stage.say(f"{stage.name}: the loss reads {read} of log-probabilities over tokens{against}")
     several = any(len(row.group.answer_ids) > 1 for row in data.train)
-    shared = several and can_share_prompts(model.eval())
+    shared = stage.ranks.broadcast(several and through(model, model, partial(can_share_prompts, model.eval())))
     if several:
         stage.say(
             f"{stage.name}: answers of one prompt share its row"
             if shared
             else f"{stage.name}: {type(model).__name__} reads every answer in a row of its own"
         )
-    return Direct(stage, section, model, data, start, own, shared)
+    return Direct(stage, section, model, data, start, own, shared, sharded)
+
+
+def load_start(stage: Stage, section: DirectSection, device: torch.device) -> PreTrainedModel:
+    """The policy's start as it is trained: in float32, without dropout, with an adapter under `lora`."""
+    source = stage.inputs["policy"].path
+    model = load_policy(source, "float32", device)
+    check_projection(model, source)
+    disable_dropout(model)
+    if section.lora:
+        add_adapter(model, POLICY, stage.recipe.model.lora, seed=stage.recipe.seed)
+    return model
 
 
 def refuse_long_rows(name: str, rows: Sequence[Row], positions: int | None) -> None:
@@ -215,18 +238,21 @@ def with_reference_sums(direct: Direct) -> tuple[list[Row], list[Row]]:
     train, held_out = direct.data.train, direct.data.held_out
     if not METHODS[direct.name].needs_reference:
         return train, held_out
-    stage = direct.stage
+    stage, dtype = direct.stage, direct.stage.recipe.model.dtype
     source = stage.inputs["reference" if "reference" in stage.inputs else "policy"].path
     pad = direct.start.encoder.pad_token_id
     rows = [*train, *held_out]
 
     def compute() -> list[float]:
         same = source == stage.inputs["policy"].path
-        model = direct.model if same else load_policy(source, "float32", direct.model.device)
-        return reference_sums(rows, model.eval(), pad, shared=direct.shared, autocast=direct.autocast)
+        load = partial(load_policy, source, "float32")
+        model = direct.model if same else place_frozen(stage, load, sharded=direct.sharded, dtype=dtype)
+        return reference_sums(
+            rows, model.eval(), pad, shared=direct.shared, autocast=direct.autocast, ranks=stage.ranks
+        )
 
-    key = [identity(source), stage.recipe.model.dtype]
-    sums, found = cached_sums(stage.out.parent / CACHE, key, rows, compute)
+    key = [identity(source), dtype, *(["sharded"] if direct.sharded else [])]
+    sums, found = cached_sums(stage.out.parent / CACHE, key, rows, compute, stage.ranks)
     stage.say(f"reference log-probabilities of {len(sums)} answers: {'read from the cache' if found else 'computed'}")
     done = with_reference(rows, sums)
     return done[: len(train)], done[len(train) :]
@@ -236,12 +262,11 @@ def train(direct: Direct, rows: tuple[Sequence[Row], Sequence[Row]]) -> dict[str
     """Trains from the newest complete checkpoint; returns steps, training loss and the last held-out figures."""
     stage = direct.stage
     shown = ShowSamples(direct.judged)
-    trainer = make_trainer(direct, training_arguments(stage), rows, [shown, trainer_callback(stage, direct.name)])
-    checkpoint = newest_complete_checkpoint(stage.state)
-    if checkpoint is not None:
-        stage.say(f"resuming from {checkpoint.name}")
+    arguments = training_arguments(stage, sharded=direct.sharded)
+    check_arguments(arguments, stage)
+    trainer = make_trainer(direct, arguments, rows, [shown, trainer_callback(stage, direct.name)])
     with closing(shown):
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        output = train_on(trainer, stage, sharded=direct.sharded)
         figures = held_out_figures(trainer)
     said = {title: figures.get(f"eval/{key}") for title, key in SAID.items()}
     stage.say("held out: " + ", ".join(f"{title} {v:.4g}" for title, v in said.items() if v is not None))
@@ -271,7 +296,7 @@ def held_out_figures(trainer: PreferenceTrainer) -> dict[str, float]:
     }
 
 
-def training_arguments(stage: Stage) -> TrainingArguments:
+def training_arguments(stage: Stage, *, sharded: bool = False) -> TrainingArguments:
     """TrainingArguments: the user's `<method>.trainer` over our defaults, under what the stage fixes.
 
     Raises UserError for a setting that does not exist, has a wrong value, or is fixed.
@@ -295,9 +320,9 @@ def training_arguments(stage: Stage) -> TrainingArguments:
         },
         **DEFAULTS,
         learning_rate=LEARNING_RATES[stage.name],
-        use_cpu=not cuda,
-        bf16=stage.recipe.model.dtype == "bfloat16",
+        **precision(stage.recipe.model.dtype, sharded=sharded),
         gradient_checkpointing=cuda,
+        ddp_find_unused_parameters=stage.name == "ift",  # the embeddings get no gradient, unless they are the head too
         dataloader_pin_memory=cuda,
     )
 
@@ -328,7 +353,7 @@ def make_trainer(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if direct.name == "kto":
         refuse_one_sided_steps(*counts, per_step)
     stage.say(
@@ -354,7 +379,7 @@ def save(direct: Direct) -> None:
     """Writes the policy as a plain model; an adapter also by itself."""
     stage, model, tokenizer = direct.stage, direct.model, direct.own.encoder.tokenizer
     adapter_over = stage.inputs["policy"].path if direct.section.lora else None
-    save_policy(model, tokenizer, stage.out, stage.recipe.model.dtype, adapter_over=adapter_over)
+    save_policy(model, tokenizer, stage.out, stage.recipe.model.dtype, adapter_over=adapter_over, ranks=stage.ranks)
 
 
 if __name__ == "__main__":

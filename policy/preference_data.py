@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from pipeline.artifacts import write_json
+from pipeline.equal_batches import turns
 from pipeline.errors import UserError
+from pipeline.ranks import ALONE, Ranks
+from pipeline.sharding import is_sharded, through
 from policy.answers import AnswerBatch, Group, answer_logprobs, collate_answers
 from policy.losses.kto import mismatched
 from reward_model.score import token_batches
@@ -149,24 +153,33 @@ def reference_sums(
     *,
     shared: bool,
     autocast: Callable[[], AbstractContextManager[Any]],
+    ranks: Ranks = ALONE,
 ) -> list[float]:
-    """sum log p of every answer of the rows under `model`, nats, by forwards without a gradient."""
+    """sum log p of every answer of the rows under `model`, nats, by forwards without a gradient.
+
+    The ranks share the forwards, which are the same ones however many ranks there are; all get all sums.
+    """
     groups = [group for row in rows for group in row.groups]
-    sums: list[list[float]] = [[] for _ in groups]
-    for chosen in token_batches([group.tokens for group in groups], REFERENCE_TOKENS):
-        batch = collate_answers([groups[i] for i in chosen], pad_token_id, shared=shared)
+    batches = list(token_batches([group.tokens for group in groups], REFERENCE_TOKENS))
+    own: dict[int, list[float]] = {}
+    for number, counted in turns(len(batches), ranks, in_step=is_sharded(model)):
+        batch = collate_answers([groups[i] for i in batches[number]], pad_token_id, shared=shared)
         moved = AnswerBatch.of({k: v.to(model.device) for k, v in batch.as_dict().items()}, shared=shared)
         with torch.no_grad(), autocast():
-            found = answer_logprobs(model, moved).answers.tolist()
-        for value, place in zip(found, batch.group.tolist(), strict=True):
-            sums[chosen[place]].append(value)
-    return [value for each in sums for value in each]
+            found = through(model, model, partial(answer_logprobs, model, moved)).answers.tolist()
+        if counted:
+            for value, place in zip(found, batch.group.tolist(), strict=True):
+                own.setdefault(batches[number][place], []).append(value)
+    sums = {group: values for part in ranks.gather(own) for group, values in part.items()}
+    return [value for group in range(len(groups)) for value in sums[group]]
 
 
 def cached_sums(
-    folder: Path, key: Any, rows: Sequence[Row], compute: Callable[[], list[float]]
+    folder: Path, key: Any, rows: Sequence[Row], compute: Callable[[], list[float]], ranks: Ranks = ALONE
 ) -> tuple[list[float], bool]:
     """What `compute` gives, kept in `folder` under the hash of `key` and the rows' tokens; True where it was there.
+
+    The first rank reads and writes for all; all call `compute`.
 
     Raises UserError where a sum is not finite.
     """
@@ -175,16 +188,18 @@ def cached_sums(
         for group in row.groups:
             digest.update(json.dumps([list(group.prompt_ids), [list(ids) for ids in group.answer_ids]]).encode())
     file = folder / f"{digest.hexdigest()[:32]}.json"
-    if file.exists():
-        return json.loads(file.read_text()), True
+    kept = ranks.broadcast(json.loads(file.read_text()) if ranks.is_main and file.exists() else None)
+    if kept is not None:
+        return kept, True
     sums = compute()
     if not all(map(math.isfinite, sums)):
         raise UserError(
             "the reference gives log-probabilities that are not finite.",
             mend="Train it anew, or name another one: its weights hold no usable numbers.",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    write_json(partial, sums)
-    os.replace(partial, file)
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}.partial")
+        write_json(unfinished, sums)
+        os.replace(unfinished, file)
     return sums, False

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from pipeline.errors import UserError
 from pipeline.evaluation.judges import JudgeFunction, load_judges
 from pipeline.evaluation.policy_eval import PolicyReport, SampledResponses, measure, sample_responses
 from pipeline.evaluation.saved import save_report
+from pipeline.evaluation.shared import shared_judges
 from pipeline.evaluation.summary import summarise
+from pipeline.sharding import whole
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedPrompt, Encoder, encode_prompts
+from pipeline.trainer_ranks import place_frozen
 from policy.likelihoods import sample_sums
 from policy.models import POLICY, load_policy, save_model
 from policy.ppo.held_out import report_metrics
@@ -56,21 +59,23 @@ class Judged:
     Attributes:
         start, own: the policy's start and the trained policy with their prompts, which differ under contrast SFT.
         adapted: the policy is an adapter over its start.
+        sharded: models lie in parts on the ranks.
     """
 
     stage: Stage
     start: Asked
     own: Asked
     adapted: bool
+    sharded: bool = False
 
     @cached_property
     def judges(self) -> dict[str, JudgeFunction]:
         """Those of the recipe that score a response by itself."""
-        return load_judges(self.stage.recipe.eval)
+        return shared_judges(load_judges(self.stage.recipe.eval), self.stage.ranks)
 
     def weights(self, model: PreTrainedModel) -> Iterable[tuple[str, Tensor]]:
         """The policy's weights by name, as a rollout engine loads them."""
-        return merged_weights(model, POLICY) if self.adapted else model.state_dict().items()
+        return whole(merged_weights(model, POLICY) if self.adapted else model.state_dict().items())
 
     def sample(self, engine: RolloutEngine, prompts: Sequence[EncodedPrompt], count: int) -> SampledResponses:
         """`count` samples of each prompt; the same seeds every time."""
@@ -103,13 +108,14 @@ class Judged:
         if self.adapted:
             with using(model, None):
                 return policy - self._sums(model, samples, self.start)
-        reference = load_policy(self.stage.inputs["policy"].path, "float32", model.device).eval()
+        load = partial(load_policy, self.stage.inputs["policy"].path, "float32")
+        reference = place_frozen(self.stage, load, sharded=self.sharded).eval()
         return policy - self._sums(reference, samples, self.start)
 
     def _sums(self, model: PreTrainedModel, samples: SampledResponses, by: Asked) -> Tensor:
         prompts = [prompt.ids for prompt in by.prompts[: len(samples.prompts)]]
-        temperature = self.stage.recipe.rollout.temperature
-        return sample_sums(model, samples, prompts, by.encoder.pad_token_id, temperature).logprobs
+        temperature, pad_id = self.stage.recipe.rollout.temperature, by.encoder.pad_token_id
+        return sample_sums(model, samples, prompts, pad_id, temperature, ranks=self.stage.ranks).logprobs
 
 
 class ShowSamples(TrainerCallback):
@@ -129,7 +135,7 @@ class ShowSamples(TrainerCallback):
         """Samples with the transformers engine, which starts at once."""
         judged, encoder = self.judged, self.judged.own.encoder
         if self.engine is None:
-            self.engine = _engine(self.stage, model, encoder, kind="transformers")
+            self.engine = _engine(self.stage, encoder, kind="transformers")
         self.engine.load_weights(judged.weights(model))
         with_report = self.with_judges and state.global_step < state.max_steps
         prompts = judged.own.prompts if with_report else judged.own.prompts[: self.shown]
@@ -146,7 +152,8 @@ class ShowSamples(TrainerCallback):
         self.stage.tracker.samples(state.global_step, rows)
         if with_report:
             report = judged.report(samples, model)
-            save_report(self.stage.out, state.global_step, report)
+            if self.stage.ranks.is_main:
+                save_report(self.stage.out, state.global_step, report)
             self.stage.tracker.log(state.global_step, report_metrics(report))
 
     def close(self) -> None:
@@ -163,20 +170,21 @@ def evaluate(judged: Judged, step: int, model: PreTrainedModel) -> dict[str, Any
     """
     stage, recipe = judged.stage, judged.stage.recipe
     model.eval()
-    with closing(_engine(stage, model, judged.start.encoder)) as engine:
+    with closing(_engine(stage, judged.start.encoder)) as engine:
         count = recipe.eval.samples_per_prompt
         before = judged.sample(engine, judged.start.prompts, count)
         engine.load_weights(judged.weights(model))
         after = judged.sample(engine, judged.own.prompts, count)
     stage.record(engine={"name": engine.name, "version": engine.version})
     untrained, trained = judged.report_of_start(before), judged.report(after, model)
-    save_report(stage.out, 0, untrained)
-    save_report(stage.out, step, trained)
     stage.tracker.log(step, report_metrics(trained))
     names = (stage.inputs["policy"].kind.upper(), stage.name.upper())
     summary = summarise(untrained, trained, names=names, shown=recipe.eval.shown_samples, seed=recipe.seed)
     stage.console.print(summary)
-    (stage.out / "summary.md").write_text(summary.markdown(), encoding="utf-8")
+    if stage.ranks.is_main:
+        save_report(stage.out, 0, untrained)
+        save_report(stage.out, step, trained)
+        (stage.out / "summary.md").write_text(summary.markdown(), encoding="utf-8")
     stage.say(f"try it: tristage chat {stage.out.with_name(stage.name)}")
     return {
         "difference": {name: estimate._asdict() for name, estimate in summary.differences.items()},
@@ -184,10 +192,11 @@ def evaluate(judged: Judged, step: int, model: PreTrainedModel) -> dict[str, Any
     }
 
 
-def _engine(stage: Stage, model: PreTrainedModel, encoder: Encoder, kind: EngineKind | None = None) -> RolloutEngine:
-    """An engine that holds the policy's start; one from a hub is saved first."""
-    path = Path(stage.inputs["policy"].path)
+def _engine(stage: Stage, encoder: Encoder, kind: EngineKind | None = None) -> RolloutEngine:
+    """An engine that holds the policy's start; one from a hub is read again and saved first."""
+    source = stage.inputs["policy"].path
+    path = Path(source)
     if not path.is_dir():
         path = stage.state / "engine"
-        save_model(model, encoder.tokenizer, path)
-    return open_engine(stage.recipe, path, stage.say, kind=kind)
+        save_model(load_policy(source, "float32"), encoder.tokenizer, path, ranks=stage.ranks)
+    return open_engine(stage.recipe, path, stage.say, kind=kind, ranks=stage.ranks)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.counts import count_tokens
+from pipeline.equal_batches import counts, equal_batches
+from pipeline.sharding import through
 from policy.objectives import Objective, Sizes, Step
-from reward_model.data import LengthGroupedSampler
+from reward_model.data import training_order
 
 Mode = Literal["train", "eval"]
 
@@ -35,17 +38,23 @@ class PreferenceTrainer(Trainer):
         self._totals: dict[Mode, dict[str, Tensor]] = {"train": {}, "eval": {}}
         self._held_out: Sizes | None = None
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.in_order:
-            return SequentialSampler(dataset)
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler([row.tokens for row in dataset], self.args.train_batch_size, seed)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of which every rank has equally many; each row counts once."""
+        rows: Any = self.train_dataset
+        lengths = [row.tokens for row in rows]
+        order = SequentialSampler(rows) if self.in_order else training_order(self.args, lengths)
+        return equal_batches(self, rows, order, self._train_batch_size)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
-        return SequentialSampler(eval_dataset)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The same of the held-out rows, in their order."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return equal_batches(self, rows, SequentialSampler(rows), self.args.eval_batch_size, held_out=True)
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """The library's with autocast, which accelerate puts around the model's own forward only."""
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(self.accelerator.autocast())
+        return stack
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -55,7 +64,7 @@ class PreferenceTrainer(Trainer):
         if not batches:
             return batches, None
         moved = [self._prepare_inputs(batch) for batch in batches]
-        sizes = [self.objective.sizes(batch) for batch in moved]
+        sizes = [self._sizes(batch) for batch in moved]
         total: Any = self.accelerator.reduce(torch.tensor(sizes, device=device).sum(0), "sum")
         with self.compute_loss_context_manager():
             self.objective.begin_step(self._plain(self.model), moved, Step(self.state.global_step, self._sum))
@@ -68,17 +77,28 @@ class PreferenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The micro-batch's share of the step's loss, times the number of processes, whose gradients are averaged."""
-        rows, tokens = self.objective.sizes(inputs)
-        sizes = self._held_out or Sizes(float(rows), float(tokens))
+        """The micro-batch's share of the step's loss, times the number of processes, whose gradients are averaged.
+
+        0 for rows that do not count.
+        """
+        rows, tokens = self._sizes(inputs)
+        sizes = self._held_out or Sizes(float(max(rows, 1)), float(max(tokens, 1)))
         if num_items_in_batch is not None:
             sizes = self._per_process(num_items_in_batch)
-        loss, metrics = self.objective.loss(self._plain(model), inputs, sizes)
+        plain = self._plain(model)
+        loss, metrics = through(model, plain, lambda: self.objective.loss(plain, inputs, sizes))
+        counted = counts(inputs)
+        if not counted:
+            loss = loss * 0.0
         mode: Mode = "train" if model.training else "eval"
         self._count(mode, "loss", loss.detach() * sizes.rows, rows)
         for name, values in metrics.items():
-            self._count(mode, name, values.double().sum(), len(values))
+            counting = values if counted else values[:0]
+            self._count(mode, name, counting.double().sum(), len(counting))
         return (loss, metrics) if return_outputs else loss
+
+    def _sizes(self, inputs: dict[str, Tensor]) -> tuple[int, int]:
+        return self.objective.sizes(inputs) if counts(inputs) else (0, 0)
 
     def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
         """Counts the tokens that get a gradient through the model, padding left out.
@@ -86,7 +106,7 @@ class PreferenceTrainer(Trainer):
         A prompt counts once for each row that it stands in: once for all its answers where they share a row. Forwards
         without a gradient do not count: KTO's answers to other prompts, IFT's first pass, the reference's sums.
         """
-        count_tokens(self, (inputs["segments"] >= 0).sum())
+        count_tokens(self, (inputs["segments"] >= 0).sum() * counts(inputs))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -100,7 +120,7 @@ class PreferenceTrainer(Trainer):
         """The library's loop with loss and metrics as exact means over all held-out rows."""
         prefix = kwargs.get("metric_key_prefix", "eval")
         dataloader = kwargs["dataloader"] if "dataloader" in kwargs else args[0]
-        sizes = torch.tensor([self.objective.sizes(batch) for batch in dataloader], device=self.args.device)
+        sizes = torch.tensor([self._sizes(batch) for batch in dataloader], device=self.args.device)
         self._totals["eval"], self._held_out = {}, self._per_process(self._sum(sizes.sum(0)))
         with self.compute_loss_context_manager():
             step = Step(self.state.global_step, self._sum)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checkpoints import final_evaluation, newest_complete_checkpoint
+from pipeline.checkpoints import final_evaluation
 from pipeline.counts import models_in_memory, training_counts
 from pipeline.data import Split
 from pipeline.errors import UserError
@@ -22,9 +22,11 @@ from pipeline.evaluation.policy_eval import sample_seed
 from pipeline.preferences import load_demonstrations
 from pipeline.recipe import DataSection, Recipe
 from pipeline.records import Prompt, SftExample
-from pipeline.stage import Stage, stage_main
+from pipeline.stage import Stage
+from pipeline.stage_main import stage_main
 from pipeline.tokens import EncodedExample, Encoder, encode_prompts, encode_sft, load_tokenizer
 from pipeline.trainer_log import trainer_callback
+from pipeline.trainer_ranks import check_arguments, is_sharded_run, place, precision, train_on
 from pipeline.trl_args import build_trainer_arguments
 
 if TYPE_CHECKING:
@@ -41,27 +43,22 @@ OPENING_WORDS = 4
 
 def run(stage: Stage) -> dict[str, Any]:
     """Train on `data.sft`, save the model into `stage.out` and return the final metrics."""
-    import torch
+    from policy.models import load_policy, save_policy
 
-    from policy.models import DTYPES, load_policy, save_model
-
-    recipe = stage.recipe
+    recipe, sharded = stage.recipe, is_sharded_run(stage)
     source = stage.inputs["model"].path
     tokenizer = load_tokenizer(source, recipe.model)
     stage.record_tokenizer(tokenizer)
     encoder = Encoder(tokenizer, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     split = load_demonstrations(recipe.data)
     train, held_out = _encode(stage, split, encoder)
-    arguments = sft_arguments(recipe, stage.state, max(map(len, _ids(train))))
-    model = load_policy(source, "float32")
+    arguments = sft_arguments(recipe, stage.state, max(map(len, _ids(train))), sharded=sharded)
+    check_arguments(arguments, stage)
+    model = place(stage, lambda device: load_policy(source, "float32", device), sharded=sharded)
     trainer = make_trainer(model, tokenizer, arguments, (train, held_out), [trainer_callback(stage, "sft")])
-    checkpoint = newest_complete_checkpoint(stage.state)
-    if checkpoint is not None:
-        stage.say(f"resuming from {checkpoint.name}")
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    result = train_on(trainer, stage, sharded=sharded)
     loss = validation_loss(trainer)
-    torch.nn.Module.to(model, dtype=DTYPES[recipe.model.dtype])
-    save_model(model, tokenizer, stage.out)
+    save_policy(model, tokenizer, stage.out, recipe.model.dtype, ranks=stage.ranks)
     metrics = {
         "validation_loss": loss,
         "validation_perplexity": math.exp(loss),
@@ -88,7 +85,7 @@ def sft_rows(examples: Sequence[EncodedExample]) -> dict[str, list[list[int]]]:
     }
 
 
-def sft_arguments(recipe: Recipe, state: Path, longest_row: int) -> SFTConfig:
+def sft_arguments(recipe: Recipe, state: Path, longest_row: int, *, sharded: bool = False) -> SFTConfig:
     """Build the SFTConfig: the user's `sft.trainer` over our defaults, under what the stage fixes.
 
     Defaults: bfloat16 autocast only for `model.dtype: bfloat16`, gradient checkpointing only on
@@ -127,9 +124,9 @@ def sft_arguments(recipe: Recipe, state: Path, longest_row: int) -> SFTConfig:
         settings,
         section="sft",
         fixed=fixed,
-        use_cpu=not cuda,
-        bf16=recipe.model.dtype == "bfloat16",
+        **precision(recipe.model.dtype, sharded=sharded),
         gradient_checkpointing=cuda,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=cuda,
         eval_packing=False,
         eval_strategy="steps",
@@ -226,7 +223,7 @@ def _show_generations(stage: Stage, step: int, prompts: Sequence[Prompt], encode
 
     recipe, data = stage.recipe, stage.recipe.data
     encoded, _ = encode_prompts(prompts, encoder, data)
-    engine = open_engine(recipe, stage.out, stage.say, kind="transformers")
+    engine = open_engine(recipe, stage.out, stage.say, kind="transformers", ranks=stage.ranks)
     completions = engine.generate(
         [item.ids for item in encoded],
         SamplingOptions(data.max_response_tokens, recipe.rollout.temperature),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 
 from pipeline.errors import UserError
 from pipeline.tokens import EncodedRanking
@@ -17,6 +17,7 @@ from reward_model.score import right_pad
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import TrainingArguments
 
 MEGABATCH = 50
 """Batches that are sorted by length together: enough to pad little, few enough to stay random."""
@@ -154,3 +155,28 @@ class LengthGroupedSampler(Sampler[int]):
         longest = max(range(len(batches)), key=lambda b: max(self.lengths[i] for i in batches[b]))
         batches[0], batches[longest] = batches[longest], batches[0]
         yield from (index for batch in [*batches, *([last] if last else [])] for index in batch)
+
+
+def training_order(args: TrainingArguments, lengths: Sequence[int]) -> Sampler[int]:
+    """The order of the rows that have these lengths, one epoch after the other, by `train_sampling_strategy`.
+
+    It depends on the seed, the epoch and the rows of an optimiser step over all ranks alone, so that any number of
+    ranks takes the same steps.
+
+    Errors:
+        UserError: a strategy that gives the ranks rows by their lengths.
+    """
+    seed, strategy = args.seed if args.data_seed is None else args.data_seed, args.train_sampling_strategy
+    if strategy == "group_by_length":
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedSampler(lengths, step, seed)
+    if strategy == "sequential":
+        return SequentialSampler(lengths)
+    if strategy == "random":
+        from accelerate.data_loader import SeedableRandomSampler
+
+        return SeedableRandomSampler(lengths, data_seed=seed)
+    raise UserError(
+        f"trainer.train_sampling_strategy: {strategy} is none that the stages know.",
+        mend="Set it to random, group_by_length or sequential.",
+    )

@@ -10,22 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pipeline.artifacts import write_json
 from pipeline.data import load_prompts
 from pipeline.errors import UserError
+from pipeline.ranks import ALONE, Ranks
 from pipeline.recipe import Recipe
 from pipeline.stage import Stage
 from pipeline.tokens import EncodedRanking, Encoder, encode_prompts
 from reward_model.evaluate import evaluate_rankings, pairs_of
 from reward_model.plots import save_plots
-from reward_model.score import load_reward_model, score_responses
+from reward_model.score import load_reward_model, score_responses, token_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EVALUATION = "evaluation.json"
+MAX_TOKENS = 16384
+"""Padded tokens in one forward of the reward model."""
 SHOWN_RANKINGS = 8
 """Held-out rankings kept as samples at either end: ordered best and ordered worst."""
 
@@ -55,18 +59,19 @@ def measure(stage: Stage, data: RankingData, step: int) -> dict[str, Any]:
     Writes `evaluation.json`, four plots and samples under the step after `step`, the last of training, so that a
     resumed run replaces them. Returns the metrics for the manifest.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_reward_model(stage.out, DTYPES[stage.recipe.model.dtype], device)
-    scores = score_rankings(model, data.held_out)
+    ranks = stage.ranks
+    model = load_reward_model(stage.out, DTYPES[stage.recipe.model.dtype], ranks.device)
+    scores = score_rankings(model, data.held_out, ranks)
     evaluation = evaluate_rankings(data.held_out, scores, seed=stage.recipe.seed)
     samples = sample_policy(stage, data.encoder)
-    policy_scores = score_responses(model, samples.prompt_ids, samples.response_ids)
+    policy_scores = shared_scores(model, samples.prompt_ids, samples.response_ids, ranks)
     normalisation = normalise(policy_scores.tolist(), samples.engine)
     stage.record(normalisation=normalisation, evaluation=evaluation)
-    write_json(stage.out / EVALUATION, {**evaluation, "normalisation": normalisation})
-    lengths = [len(ids) for ranking in data.held_out for ids in ranking.response_ids]
-    flat = [score for values in scores for score in values]
-    save_plots(stage.out, evaluation, flat, lengths, policy_scores.tolist())
+    if ranks.is_main:
+        write_json(stage.out / EVALUATION, {**evaluation, "normalisation": normalisation})
+        lengths = [len(ids) for ranking in data.held_out for ids in ranking.response_ids]
+        flat = [score for values in scores for score in values]
+        save_plots(stage.out, evaluation, flat, lengths, policy_scores.tolist())
     stage.tracker.samples(step + 1, ranked_samples(data, scores))
     for line in summary_lines(evaluation, normalisation):
         stage.say(line)
@@ -80,12 +85,30 @@ def measure(stage: Stage, data: RankingData, step: int) -> dict[str, Any]:
     }
 
 
-def score_rankings(model: PreTrainedModel, rankings: Sequence[EncodedRanking]) -> list[list[float]]:
+def score_rankings(
+    model: PreTrainedModel, rankings: Sequence[EncodedRanking], ranks: Ranks = ALONE
+) -> list[list[float]]:
     """Raw scores of every answer, one list per ranking."""
     prompts = [ranking.prompt_ids for ranking in rankings for _ in ranking.response_ids]
     answers = [answer for ranking in rankings for answer in ranking.response_ids]
-    flat = iter(score_responses(model, prompts, answers).tolist())
+    flat = iter(shared_scores(model, prompts, answers, ranks).tolist())
     return [[next(flat) for _ in ranking.response_ids] for ranking in rankings]
+
+
+def shared_scores(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    response_ids: Sequence[Sequence[int]],
+    ranks: Ranks,
+) -> Tensor:
+    """`score_responses` with its forwards shared by the ranks, the same ones however many there are."""
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompt_ids, response_ids, strict=True)]
+    scores = torch.zeros(len(lengths))
+    for batch in [rows for n, rows in enumerate(token_batches(lengths, MAX_TOKENS)) if n % ranks.world == ranks.rank]:
+        parts = [prompt_ids[row] for row in batch], [response_ids[row] for row in batch]
+        scores[batch] = score_responses(model, *parts, max_tokens=MAX_TOKENS)
+    ranks.sum_([scores])
+    return scores
 
 
 def sample_policy(stage: Stage, encoder: Encoder) -> PolicySamples:
@@ -99,7 +122,7 @@ def sample_policy(stage: Stage, encoder: Encoder) -> PolicySamples:
     random.Random(recipe.seed).shuffle(encoded)
     prompt_ids = [encoded[index % len(encoded)].ids for index in range(count)]
     sampling = SamplingOptions(max_new_tokens=recipe.data.max_response_tokens, temperature=recipe.rollout.temperature)
-    engine = open_engine(recipe, Path(stage.inputs["policy"].path), stage.say)
+    engine = open_engine(recipe, Path(stage.inputs["policy"].path), stage.say, ranks=stage.ranks)
     try:
         seeds = [recipe.seed * 1_000_003 + index for index in range(count)]
         completions = engine.generate(prompt_ids, sampling, seeds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,24 @@ import torch
 
 from pipeline.adapters import add_adapter, save_merged
 from pipeline.artifacts import Artifact
-from pipeline.checkpoints import newest_complete_checkpoint
 from pipeline.counts import models_in_memory, training_counts
 from pipeline.data import load_rankings
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
-from pipeline.stage import Stage, stage_main
+from pipeline.stage import Stage
+from pipeline.stage_main import stage_main
 from pipeline.tokens import EncodedRanking, Encoder, encode_rankings, load_tokenizer, tokenizer_sha256
 from pipeline.trainer_log import trainer_callback
+from pipeline.trainer_ranks import (
+    check_arguments,
+    gathered,
+    is_sharded_run,
+    leave_if_told,
+    place,
+    precision,
+    refuse_sharded_adapter,
+    train_on,
+)
 from pipeline.trl_args import build_trainer_arguments
 from reward_model.data import ModelLimits, RankingCollator, check_rankings, ranking_dataset, with_ordered_pair
 from reward_model.evaluate import pairs_of
@@ -71,11 +82,12 @@ def run(stage: Stage) -> dict[str, Any]:
     refuse_other_tokenizer(stage.inputs["policy"], tokenizer)
     stage.record_tokenizer(tokenizer)
     data = prepare_rankings(stage, tokenizer)
-    trained, is_main = train(stage, tokenizer, data)
+    trained = train(stage, tokenizer, data)
     gc.collect()  # the optimiser's memory, before the engine asks for its own
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return {**trained, **measure(stage, data, trained["steps"])} if is_main else trained
+    leave_if_told(stage, trained["steps"])
+    return {**trained, **measure(stage, data, trained["steps"])}
 
 
 def refuse_other_tokenizer(policy: Artifact, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -129,13 +141,16 @@ def prepare_rankings(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> Rankin
     return RankingData(usable["train"], usable["eval"], encoder)
 
 
-def train(stage: Stage, tokenizer: PreTrainedTokenizerBase, data: RankingData) -> tuple[dict[str, Any], bool]:
+def train(stage: Stage, tokenizer: PreTrainedTokenizerBase, data: RankingData) -> dict[str, Any]:
     """Train from the newest complete checkpoint and save model and tokenizer into `stage.out`.
 
-    Returns the training metrics and whether this is the main process.
+    Returns the training metrics.
     """
-    arguments = rm_arguments(stage.recipe, stage.state)
-    model = initial_reward_model(stage, tokenizer)
+    sharded = is_sharded_run(stage)
+    refuse_sharded_adapter(stage, stage.recipe.rm.lora, sharded=sharded)
+    arguments = rm_arguments(stage.recipe, stage.state, sharded=sharded)
+    check_arguments(arguments, stage)
+    model = place(stage, partial(initial_reward_model, stage, tokenizer), sharded=sharded)
     limits = ModelLimits(
         vocabulary=model.config.get_text_config().vocab_size,
         positions=model.config.get_text_config().to_dict().get("max_position_embeddings"),
@@ -143,29 +158,31 @@ def train(stage: Stage, tokenizer: PreTrainedTokenizerBase, data: RankingData) -
     )
     check_rankings([*data.train, *data.held_out], limits)
     trainer = make_trainer(stage, model, tokenizer, arguments, data)
-    checkpoint = newest_complete_checkpoint(stage.state)
-    if checkpoint is not None:
-        stage.say(f"rm: resuming from {checkpoint.name}")
-    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    is_main = trainer.is_world_process_zero()
-    if not stage.recipe.rm.lora:
-        trainer.save_model(str(stage.out))
-    elif is_main:
-        stage.record(adapter=save_merged(model, ADAPTER, stage.out, base=stage.inputs["policy"].path))
-        tokenizer.save_pretrained(stage.out)
-    if is_main:
-        (stage.out / "training_args.bin").unlink(missing_ok=True)
-        if stage.recipe.model.dtype != "float32":
-            load_reward_model(stage.out, DTYPES[stage.recipe.model.dtype], "cpu").save_pretrained(stage.out)
-    trainer.accelerator.wait_for_everyone()
+    output = train_on(trainer, stage, sharded=sharded)
+    save(stage, model, tokenizer)
     stage.record(
         models_in_memory=models_in_memory(["base", "reward adapter"] if stage.recipe.rm.lora else ["reward model"])
     )
-    metrics = {"steps": output.global_step, "train_loss": output.training_loss, **training_counts(trainer)}
-    return metrics, is_main
+    return {"steps": output.global_step, "train_loss": output.training_loss, **training_counts(trainer)}
 
 
-def initial_reward_model(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def save(stage: Stage, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the reward model as a plain one in the recipe's dtype, by the first rank; an adapter also by itself."""
+    weights = gathered(model, stage.ranks)
+    if stage.ranks.is_main:
+        if stage.recipe.rm.lora:
+            stage.record(adapter=save_merged(model, ADAPTER, stage.out, base=stage.inputs["policy"].path))
+        else:
+            model.save_pretrained(stage.out, state_dict=weights)
+        tokenizer.save_pretrained(stage.out)
+        if stage.recipe.model.dtype != "float32":
+            load_reward_model(stage.out, DTYPES[stage.recipe.model.dtype], "cpu").save_pretrained(stage.out)
+    stage.ranks.barrier()
+
+
+def initial_reward_model(
+    stage: Stage, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """The policy's body in float32 with a fresh head, no dropout and the tokenizer's padding token.
 
     Raises UserError when the checkpoint is no causal language model that transformers can also classify with.
@@ -196,6 +213,7 @@ def initial_reward_model(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> Pr
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         stage.say(f"rm.lora: {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained")
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    torch.nn.Module.to(model, device)
     return model
 
 
@@ -214,7 +232,7 @@ def fresh_head(model: PreTrainedModel, seed: int) -> None:
             head.bias.zero_()
 
 
-def rm_arguments(recipe: Recipe, state: Path) -> RewardConfig:
+def rm_arguments(recipe: Recipe, state: Path, *, sharded: bool = False) -> RewardConfig:
     """Build the RewardConfig: the user's `rm.trainer` over our defaults, under what the stage fixes.
 
     Raises UserError for a setting that does not exist, has a wrong value, or is fixed.
@@ -236,9 +254,9 @@ def rm_arguments(recipe: Recipe, state: Path) -> RewardConfig:
             "dataloader_num_workers": 0,
         },
         **DEFAULTS,
-        use_cpu=not cuda,
-        bf16=recipe.model.dtype == "bfloat16",
+        **precision(recipe.model.dtype, sharded=sharded),
         gradient_checkpointing=cuda,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=cuda,
     )
 
@@ -267,8 +285,7 @@ def make_trainer(
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    if trainer.is_world_process_zero():
-        trainer.add_callback(trainer_callback(stage, "rm"))
+    trainer.add_callback(trainer_callback(stage, "rm"))
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     pairs = len(pairs_of(data.train, [[0.0] * len(r.ranks) for r in data.train]).margin)
     answers = sum(len(ranking.ranks) for ranking in data.train)

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.counts import count_tokens
-from reward_model.data import LengthGroupedSampler
+from pipeline.equal_batches import counts, equal_batches
+from reward_model.data import training_order
 from reward_model.losses import plackett_luce_loss, ranking_loss
 
 LOSSES = {"ranking": ranking_loss, "plackett_luce": plackett_luce_loss}
@@ -49,19 +50,23 @@ class RankingTrainer(Trainer):
     def _zeros(self) -> Tensor:
         return torch.zeros(len(TOTALS), dtype=torch.float64, device=self.args.device)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(dataset["length"], self.args.train_batch_size, seed)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of which every rank has equally many; each row counts once."""
+        rows: Any = self.train_dataset
+        order = training_order(self.args, rows["length"])
+        return equal_batches(self, rows, order, self._train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The same of the held-out rows, in their order."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return equal_batches(self, rows, SequentialSampler(rows), self.args.eval_batch_size, held_out=True)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of one optimiser step and the number of prompts in it, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        prompts = torch.tensor([sum(len(batch["mask"]) for batch in batches)], device=device)
+        prompts = torch.tensor([sum(len(batch["mask"]) for batch in batches if counts(batch))], device=device)
         gathered: Any = self.accelerator.gather(prompts)
         return batches, gathered.sum()
 
@@ -74,7 +79,7 @@ class RankingTrainer(Trainer):
     ) -> Any:
         """Sum of the prompts' losses over the prompts of the optimiser step; of the batch without `num_items_in_batch`.
 
-        Multiplied by the number of processes, whose gradients the libraries average.
+        Multiplied by the number of processes, whose gradients the libraries average. 0 for rows that do not count.
         """
         mask = inputs["mask"]
         outputs = model(
@@ -106,13 +111,15 @@ class RankingTrainer(Trainer):
             scores.detach().sum(),
             mask.sum(),
         )
-        mode = "train" if model.training else "eval"
-        self._totals[mode] += torch.stack([value.double() for value in sums])
+        if counts(inputs):
+            self._totals["train" if model.training else "eval"] += torch.stack([value.double() for value in sums])
+        else:
+            loss = loss * 0.0
         return (loss, outputs) if return_outputs else loss
 
     def _track_num_input_tokens(self, inputs: dict[str, Tensor]) -> None:
         """Counts every answer with its prompt, one row each, without padding."""
-        count_tokens(self, inputs["attention_mask"].sum())
+        count_tokens(self, inputs["attention_mask"].sum() * counts(inputs))
 
     def prediction_step(
         self,

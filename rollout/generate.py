@@ -9,7 +9,8 @@ from typing import Any
 from pipeline.data import load_prompts
 from pipeline.evaluation.measures import length_stats
 from pipeline.evaluation.policy_eval import SampledResponses, sample_responses
-from pipeline.stage import Stage, stage_main
+from pipeline.stage import Stage
+from pipeline.stage_main import stage_main
 from pipeline.tokens import Encoder, encode_prompts, load_tokenizer
 from pipeline.tracking import SAMPLES
 
@@ -32,7 +33,7 @@ def run(stage: Stage) -> dict[str, Any]:
     encoded, lengths = encode_prompts(split.eval[: recipe.eval.prompts], encoder, recipe.data)
     for line in (*split.lines(), *lengths.lines()):
         stage.say(line)
-    engine = open_engine(recipe, policy, stage.say)
+    engine = open_engine(recipe, policy, stage.say, ranks=stage.ranks)
     try:
         started = time.perf_counter()
         sampled = sample_responses(
@@ -47,8 +48,9 @@ def run(stage: Stage) -> dict[str, Any]:
     finally:
         engine.close()
     rows = sample_rows(sampled, encoder)
-    with (stage.out / SAMPLES).open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if stage.ranks.is_main:
+        with (stage.out / SAMPLES).open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     tokens = sum(row["tokens"] for row in rows)
     stage.record(
         data={"prompts": split.report},
@@ -82,4 +84,4 @@ def sample_rows(sampled: SampledResponses, encoder: Encoder) -> list[dict[str, A
 
 
 if __name__ == "__main__":
-    stage_main("generate", run=run)
+    stage_main("generate", run=run, saves=False)
