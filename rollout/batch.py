@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,19 +19,23 @@ class Completion:
 
     `token_ids`: the sampled tokens, with the EOS if one was sampled. `logprobs`: the engine's
     log-probability of each, nats. `finished`: the response ended by itself (EOS or a stop token),
-    not at the length limit. Raises ValueError when the two lengths differ or a log-probability is
-    not finite.
+    not at the length limit. `policy_version`: of the weights that sampled it, see `RolloutEngine`.
+    Raises ValueError when the two lengths differ, a log-probability is not finite or the version is
+    negative.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
+    policy_version: int = 0
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"{len(self.token_ids)} token ids but {len(self.logprobs)} log-probabilities")
         if not all(math.isfinite(logprob) for logprob in self.logprobs):
             raise ValueError("a log-probability of a sampled token is not finite")
+        if self.policy_version < 0:
+            raise ValueError(f"policy_version is {self.policy_version}, but versions count from 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,8 @@ class RolloutBatch:
     `prompt_ids` [B,P] long, left-padded; `prompt_mask` [B,P] bool, True on real tokens;
     `response_ids` [B,R] long, right-padded; `response_mask` [B,R] bool, True on sampled tokens
     including the EOS; `rollout_logprobs` [B,R] float, the engine's, nats, 0 on padding;
-    `finished` [B] bool. An empty response is a row without True. Raises ValueError when shapes,
+    `finished` [B] bool; `policy_versions` [B] long, of the weights that sampled each response, all 0
+    where they are left out. An empty response is a row without True. Raises ValueError when shapes,
     dtypes or devices do not fit together, a prompt is empty, or a mask has holes.
     """
 
@@ -51,8 +56,11 @@ class RolloutBatch:
     response_mask: Bool[Tensor, "batch response"]
     rollout_logprobs: Float[Tensor, "batch response"]
     finished: Bool[Tensor, " batch"]
+    policy_versions: Int[Tensor, " batch"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def __post_init__(self) -> None:
+        if self.policy_versions.numel() == 0:
+            object.__setattr__(self, "policy_versions", torch.zeros_like(self.finished, dtype=torch.long))
         if self.prompt_ids.ndim != 2 or self.response_ids.ndim != 2:
             raise ValueError("prompt_ids and response_ids must be [batch, positions]")
         batch, prompt = self.prompt_ids.shape
@@ -63,6 +71,7 @@ class RolloutBatch:
         _check("response_mask", self.response_mask, (batch, response), torch.bool)
         _check("rollout_logprobs", self.rollout_logprobs, (batch, response), None)
         _check("finished", self.finished, (batch,), torch.bool)
+        _check("policy_versions", self.policy_versions, (batch,), torch.long)
         if batch == 0 or prompt == 0 or response == 0:
             raise ValueError(f"a batch needs rows and columns, got [{batch},{prompt}+{response}]")
         if len({getattr(self, field.name).device for field in fields(self)}) > 1:
@@ -117,7 +126,8 @@ class RolloutBatch:
         logprobs = torch.zeros(response_ids.shape)
         logprobs[response_mask] = torch.tensor([x for c in completions for x in c.logprobs])
         finished = torch.tensor([completion.finished for completion in completions])
-        return cls(prompt_ids, prompt_mask, response_ids, response_mask, logprobs, finished)
+        versions = torch.tensor([completion.policy_version for completion in completions])
+        return cls(prompt_ids, prompt_mask, response_ids, response_mask, logprobs, finished, versions)
 
     def select(self, indices: Sequence[int] | Int[Tensor, " chosen"]) -> RolloutBatch:
         """The rows `indices`, in that order, without the columns that are padding in all of them.
@@ -135,11 +145,35 @@ class RolloutBatch:
             response_mask=response_mask[:, :stop],
             rollout_logprobs=self.rollout_logprobs[rows, :stop],
             finished=self.finished[rows],
+            policy_versions=self.policy_versions[rows],
         )
 
     def to(self, device: torch.device | str) -> RolloutBatch:
         """The same batch on `device`."""
         return RolloutBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def refuse_stale(batch: RolloutBatch, version: int, *, lag: int = 0) -> None:
+    """Refuses responses of weights other than those that the trainer expects.
+
+    Args:
+        version: of the trainer's weights.
+        lag: how many versions older a response may be; above 0 only where importance weights correct for it.
+
+    Raises:
+        RuntimeError: naming the rows and their versions; the engine or the loop around it is at fault.
+    """
+    versions = batch.policy_versions
+    wrong = ((versions > version) | (versions < version - lag)).nonzero()[:, 0].tolist()
+    if not wrong:
+        return
+    seen = sorted(set(versions[wrong].tolist()))
+    expected = f"version {version}" if lag == 0 else f"versions {max(version - lag, 0)} to {version}"
+    raise RuntimeError(
+        f"{len(wrong)} of {len(batch)} responses, first row {wrong[0]}, were sampled by weights of version "
+        f"{', '.join(map(str, seen))}, but {expected} of the policy is wanted: the rollout engine is out of step with "
+        "the trainer."
+    )
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:

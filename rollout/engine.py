@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from pipeline.recipe import Recipe
+
 EngineKind = Literal["auto", "vllm", "transformers"]
 
 # What a package that is present but unusable raises on import: a missing module, a shared library
@@ -31,6 +33,7 @@ LOWEST_TEMPERATURE = 0.01
 # An organisation and a name, or a name alone.
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
+MAX_SEQUENCES = 256
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -90,12 +93,25 @@ class EngineOptions:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
 
 
+def engine_options(recipe: Recipe, stop_token_ids: Sequence[int], max_sequences: int = MAX_SEQUENCES) -> EngineOptions:
+    """Sizes and settings of an engine, the same for one in this process and for a server."""
+    return EngineOptions(
+        max_model_len=recipe.data.max_prompt_tokens + recipe.data.max_response_tokens,
+        max_sequences=max_sequences,
+        stop_token_ids=tuple(stop_token_ids),
+        dtype=recipe.model.dtype,
+        seed=recipe.seed,
+        kv_cache_gib=recipe.rollout.kv_cache_gib,
+        gpu_memory_utilization=recipe.rollout.gpu_memory_utilization,
+    )
+
+
 class RolloutEngine(Protocol):
-    """Generates from the live policy inside the trainer's process."""
+    """Generates from the live policy, inside the trainer's process or on a server."""
 
     @property
     def name(self) -> str:
-        """`vllm` or `transformers`."""
+        """`vllm`, `transformers` or `vllm server`."""
         ...
 
     @property
@@ -105,7 +121,7 @@ class RolloutEngine(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """How often weights were loaded."""
+        """Which weights it holds: 0 at the start, then what `load_weights` says."""
         ...
 
     def generate(
@@ -116,6 +132,8 @@ class RolloutEngine(Protocol):
     ) -> list[Completion]:
         """One completion per prompt, in order; seed, prompt and weights alone decide it.
 
+        Each carries the `policy_version` that sampled it.
+
         Raises:
             ValueError: seeds and prompts differ in number; an empty or over-long prompt; a token
                 id outside the vocabulary; a negative seed.
@@ -123,12 +141,20 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace all weights, e.g. by `model.state_dict().items()`, and count `policy_version` up.
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], *, version: int | None = None) -> None:
+        """Replace all weights, e.g. by `model.state_dict().items()`.
+
+        Args:
+            version: becomes `policy_version`, such as the number of the update that made the weights, which a resumed
+                run goes on with; one more than before where none is given.
 
         Raises:
             ValueError: a name the model does not have, or a weight that was not given.
         """
+        ...
+
+    def rest(self) -> None:
+        """Give memory back until the next `load_weights`, where that is worth its while; no `generate` before it."""
         ...
 
     def close(self) -> None:

@@ -73,7 +73,7 @@ class TransformersEngine:
             completions.update(zip(chosen, sampled, strict=True))
         return [completions[index] for index in range(len(prompts))]
 
-    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], *, version: int | None = None) -> None:
         """See `RolloutEngine.load_weights`; weights that share storage need to be given once."""
         if self._model is None:
             raise RuntimeError("the engine is closed")
@@ -93,7 +93,10 @@ class TransformersEngine:
         if missing:
             raise ValueError(f"{len(missing)} weights were not given to load_weights, first {missing[0]!r}")
         self._unusable = None
-        self.policy_version += 1
+        self.policy_version = self.policy_version + 1 if version is None else version
+
+    def rest(self) -> None:
+        """Nothing: see `RolloutEngine.rest`."""
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
@@ -151,7 +154,7 @@ class TransformersEngine:
                     inputs[kept],
                 )
             inputs = inputs[:, None]
-        return _completions(tokens, logprobs, lengths, finished)
+        return _completions(tokens, logprobs, lengths, finished, self.policy_version)
 
 
 def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -220,11 +223,11 @@ def _fill_holes(live: torch.Tensor) -> torch.Tensor:
 
 
 def _completions(
-    tokens: torch.Tensor, logprobs: torch.Tensor, lengths: torch.Tensor, finished: torch.Tensor
+    tokens: torch.Tensor, logprobs: torch.Tensor, lengths: torch.Tensor, finished: torch.Tensor, version: int
 ) -> list[Completion]:
     rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True)
     return [
-        Completion(token_ids=tuple(ids[:n]), logprobs=tuple(values[:n]), finished=ended)
+        Completion(token_ids=tuple(ids[:n]), logprobs=tuple(values[:n]), finished=ended, policy_version=version)
         for ids, values, n, ended in rows
     ]
 

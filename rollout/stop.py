@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -56,7 +56,7 @@ def cut_at_stop(completion: Completion, decode: Decode, stops: Sequence[str]) ->
     if not ended(len(ids)):
         return completion
     size = 1 + bisect_left(range(1, len(ids)), True, key=ended)
-    return Completion(ids[:size], completion.logprobs[:size], finished=True)
+    return replace(completion, token_ids=ids[:size], logprobs=completion.logprobs[:size], finished=True)
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,13 @@ class StoppingEngine:
         completions = self.engine.generate(prompts, sampling, seeds)
         return [cut_at_stop(completion, self.decode, self.stops) for completion in completions]
 
-    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], *, version: int | None = None) -> None:
         """Of the engine."""
-        self.engine.load_weights(named)
+        self.engine.load_weights(named, version=version)
+
+    def rest(self) -> None:
+        """Of the engine."""
+        self.engine.rest()
 
     def close(self) -> None:
         """Of the engine."""

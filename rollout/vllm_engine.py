@@ -10,6 +10,7 @@ vLLM is written to own its process. What is done here about it:
   parallelism is silently off: refused (`refuse_lone_rank`).
 * On the CPU a head that is tied to the embedding keeps its packed copy of the old weights after a
   reload, and cached prefixes keep the old keys and values: both are renewed (`load_weights`).
+* On CUDA it would keep its memory while the trainer needs it: `rest` gives it back.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from rollout.vllm_process import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm import LLM, RequestOutput, SamplingParams
 
 _GIB = 1024**3
@@ -78,6 +80,7 @@ class VllmEngine:
         self._unusable: str | None = None
         with trainer_state_kept():
             self._shapes = _weight_shapes(directory)
+            self._rests = False
             set_environment()
             import vllm
 
@@ -103,9 +106,9 @@ class VllmEngine:
         params = [_sampling_params(sampling, self._options, seed) for seed in seeds]
         with generators_kept(), _requests_dropped_on_error(llm):
             outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
-        return [_completion(output, self._options.stop_token_ids) for output in outputs]
+        return [_completion(output, self._options.stop_token_ids, self.policy_version) for output in outputs]
 
-    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], *, version: int | None = None) -> None:
         """See `RolloutEngine.load_weights`; the prefix cache is emptied with it.
 
         Raises:
@@ -113,6 +116,8 @@ class VllmEngine:
         """
         if self._llm is None:
             raise RuntimeError("the engine is closed")
+        if self._rests:
+            self._llm.wake_up(tags=["weights"])
         self._unusable = "its last weight update failed half-way"
         given: set[str] = set()
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
@@ -122,10 +127,23 @@ class VllmEngine:
         if missing:
             raise ValueError(f"{len(missing)} weights were not given to load_weights, first {missing[0]!r}")
         renew_packed_heads(worker.model_runner.model)
+        if self._rests:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._rests = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests are still in flight")
         self._unusable = None
-        self.policy_version += 1
+        self.policy_version = self.policy_version + 1 if version is None else version
+
+    def rest(self) -> None:
+        """See `RolloutEngine.rest`: on CUDA weights and key-value cache leave the GPU, on a CPU nothing happens.
+
+        Written from vLLM's source and not run: there was no GPU.
+        """
+        if self._llm is not None and not self._rests and not on_cpu():
+            self._unusable = "it rests until weights are loaded"
+            self._llm.sleep(level=2)
+            self._rests = True
 
     def close(self) -> None:
         """See `RolloutEngine.close`; the trainer's process group stays as it is."""
@@ -164,6 +182,7 @@ def _start(directory: Path, options: EngineOptions) -> LLM:
                 enable_chunked_prefill=not cpu,  # a split prompt's generator is rewound, which CPU generators cannot
                 kv_cache_memory_bytes=int(options.kv_cache_gib * _GIB) if cpu else None,
                 gpu_memory_utilization=options.gpu_memory_utilization,
+                enable_sleep_mode=not cpu,
                 logprobs_mode="processed_logprobs",
                 distributed_executor_backend="external_launcher" if several else "uni",
             )
@@ -225,13 +244,13 @@ def _sampling_params(sampling: SamplingOptions, options: EngineOptions, seed: in
     )
 
 
-def _completion(output: RequestOutput, stop_token_ids: tuple[int, ...]) -> Completion:
+def _completion(output: RequestOutput, stop_token_ids: tuple[int, ...], version: int) -> Completion:
     (sampled,) = output.outputs
     token_ids = tuple(sampled.token_ids)
     logprobs = tuple(sampled.logprobs.logprobs)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]  (flat_logprobs)
     if len(logprobs) != len(token_ids):
         raise RuntimeError(f"vLLM gave {len(logprobs)} log-probs for {len(token_ids)} tokens")
-    return Completion(token_ids=token_ids, logprobs=logprobs, finished=token_ids[-1] in stop_token_ids)
+    return Completion(token_ids, logprobs, finished=token_ids[-1] in stop_token_ids, policy_version=version)
 
 
 @contextlib.contextmanager
@@ -266,16 +285,25 @@ def _weight_shapes(directory: Path) -> dict[str, torch.Size]:
 
     The model is built without storage, so that a tied head counts once whatever the files hold.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(read_config(directory))
+        return model_shapes(read_config(directory))
     except ValueError as error:
         raise UserError(
             f"{directory} holds no causal language model: {one_line(error)}",
             mend="Point the engine at the policy's directory.",
         ) from error
+
+
+def model_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
+    """Shapes by the names of `named_parameters`; a tied head has no name of its own.
+
+    Raises:
+        ValueError: the configuration is of no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 

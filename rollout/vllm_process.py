@@ -183,14 +183,22 @@ def make_safe() -> None:
 
     * `cleanup_dist_env_and_memory`, which every way to the end of an engine calls (close, garbage
       collection, interpreter exit), destroys the default process group: see `release_groups`.
-    * `batched_count_greater_than` is compiled by inductor on first use even in eager mode, for some
-      6 CPU-seconds; the plain expression is as fast on a CPU. (The other compiled helper,
-      `compiled_random_sample`, draws for requests without a seed, and ours all have one.)
     """
     import vllm.v1.engine.core as engine_core
-    import vllm.v1.sample.sampler as sampler
 
     engine_core.cleanup_dist_env_and_memory = release_groups  # pyright: ignore[reportPrivateImportUsage]
+    count_plainly()
+
+
+def count_plainly() -> None:
+    """Keep the sampler from compiling a helper, in a trainer's process and in a server's workers.
+
+    `batched_count_greater_than` is compiled by inductor on first use even in eager mode, for some
+    6 CPU-seconds; the plain expression is as fast on a CPU. (The other compiled helper,
+    `compiled_random_sample`, draws for requests without a seed, and ours all have one.)
+    """
+    import vllm.v1.sample.sampler as sampler
+
     if on_cpu():
         sampler.batched_count_greater_than = _count_at_least  # pyright: ignore[reportPrivateImportUsage]
 

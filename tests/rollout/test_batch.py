@@ -13,8 +13,8 @@ PAD = 0
 PROMPTS = [[11, 12, 13], [21], [31, 0]]
 COMPLETIONS = [
     Completion((14, 2), (-0.5, -0.25), finished=True),
-    Completion((22, 0, 24), (-1.0, -2.0, -3.0), finished=False),
-    Completion((), (), finished=True),
+    Completion((22, 0, 24), (-1.0, -2.0, -3.0), finished=False, policy_version=3),
+    Completion((), (), finished=True, policy_version=2),
 ]
 
 
@@ -34,6 +34,7 @@ def test_from_completions_by_hand() -> None:
     assert batch.lengths.tolist() == [2, 3, 0]
     assert batch.n_empty == 1
     assert len(batch) == 3
+    assert batch.policy_versions.tolist() == [0, 3, 2]
 
 
 def test_input_ids_and_attention_mask_stand_side_by_side() -> None:
@@ -53,6 +54,7 @@ def test_select_keeps_order_and_trims_padding() -> None:
     assert chosen.response_ids.tolist() == [[0, 0, 0], [22, 0, 24]]
     assert chosen.rollout_logprobs.tolist() == [[0, 0, 0], [-1, -2, -3]]
     assert chosen.finished.tolist() == [True, False]
+    assert chosen.policy_versions.tolist() == [2, 3]
     short = make().select(torch.tensor([0]))
     assert short.response_ids.tolist() == [[14, 2]]
     assert short.prompt_ids.shape == (1, 3)
@@ -95,6 +97,19 @@ def test_it_is_frozen_and_moves_as_a_whole() -> None:
     assert moved.input_ids.tolist() == batch.input_ids.tolist()
 
 
+def test_versions_that_are_left_out_are_zero() -> None:
+    batch = make()
+    whole = RolloutBatch(
+        batch.prompt_ids,
+        batch.prompt_mask,
+        batch.response_ids,
+        batch.response_mask,
+        batch.rollout_logprobs,
+        batch.finished,
+    )
+    assert whole.policy_versions.tolist() == [0, 0, 0]
+
+
 def test_lists_that_do_not_match_are_refused() -> None:
     with pytest.raises(ValueError, match="3 prompts but 2 completions"):
         RolloutBatch.from_completions(PROMPTS, COMPLETIONS[:2], PAD)
@@ -104,6 +119,8 @@ def test_lists_that_do_not_match_are_refused() -> None:
         Completion((1, 2), (-0.5,), finished=True)
     with pytest.raises(ValueError, match="not finite"):
         Completion((1, 2), (-0.5, float("nan")), finished=True)
+    with pytest.raises(ValueError, match="policy_version is -1"):
+        Completion((1,), (-0.5,), finished=True, policy_version=-1)
     with pytest.raises(ValueError, match="empty prompt"):
         RolloutBatch.from_completions([[1], []], COMPLETIONS[:2], PAD)
 
@@ -127,6 +144,8 @@ def test_lists_that_do_not_match_are_refused() -> None:
         ("response_mask", torch.tensor([[1, 0, 1]] * 3).bool(), "True, then False"),
         ("response_mask", torch.tensor([[0, 1, 1]] * 3).bool(), "True, then False"),
         ("finished", torch.ones(3, device="meta").bool(), "one device"),
+        ("policy_versions", torch.ones(2).long(), "policy_versions has shape"),
+        ("policy_versions", torch.ones(3), "policy_versions has dtype"),
     ],
 )
 def test_a_batch_that_does_not_fit_together_is_refused(field: str, wrong: torch.Tensor, message: str) -> None:

@@ -61,6 +61,7 @@ def test_greedy_text_and_logprobs_follow_every_weight_update(
         version = engine.policy_version
         engine.load_weights(model.state_dict().items())
         assert engine.policy_version == version + 1
+        assert engine.generate([[7]], GREEDY, [0])[0].policy_version == version + 1
         gap, different = worst_gap(engine, model, prompts)
         assert gap < PARITY
         assert different == 0

@@ -29,7 +29,7 @@ def decode(ids: Sequence[int]) -> str:
 
 def sampled(*pieces: str, finished: bool = False) -> Completion:
     ids = tuple(PIECES.index(piece) for piece in pieces)
-    return Completion(ids, tuple(-0.5 - n for n in range(len(ids))), finished)
+    return Completion(ids, tuple(-0.5 - n for n in range(len(ids))), finished, policy_version=4)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def sampled(*pieces: str, finished: bool = False) -> Completion:
 def test_a_completion_ends_with_the_token_that_completes_a_stop(pieces: tuple[str, ...], kept: int) -> None:
     whole = sampled(*pieces)
     cut = cut_at_stop(whole, decode, ["\nUser:", "\n\n"])
-    assert cut == Completion(whole.token_ids[:kept], whole.logprobs[:kept], finished=True)
+    assert cut == Completion(whole.token_ids[:kept], whole.logprobs[:kept], finished=True, policy_version=4)
 
 
 def test_a_completion_without_a_stop_is_left_alone() -> None:
@@ -66,7 +66,8 @@ def test_the_cut_is_where_reading_token_by_token_stops(pieces: list[str], stops:
     for size, piece in enumerate(pieces, 1):
         read += piece
         if any(read.find(stop) >= 0 for stop in stops):
-            assert cut_at_stop(whole, decode, stops) == Completion(whole.token_ids[:size], whole.logprobs[:size], True)
+            cut = Completion(whole.token_ids[:size], whole.logprobs[:size], True, policy_version=4)
+            assert cut_at_stop(whole, decode, stops) == cut
             return
     assert cut_at_stop(whole, decode, stops) is whole
 
@@ -135,8 +136,10 @@ def test_weights_and_close_reach_the_engine_inside(policy: Path) -> None:
 
     engine = opened(policy, "t")
     model = AutoModelForCausalLM.from_pretrained(policy)
-    engine.load_weights(model.state_dict().items())
-    assert engine.policy_version == 1
+    engine.load_weights(model.state_dict().items(), version=3)
+    engine.rest()
+    assert engine.policy_version == 3
+    assert engine.generate([[1, 5]], SAMPLING, [0])[0].policy_version == 3
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
         engine.generate([[1, 5]], SAMPLING, [0])
