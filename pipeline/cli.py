@@ -8,19 +8,20 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import UserError, disk_message, is_disk_error
+from pipeline.exits import EXIT_USER_ERROR, print_error
 from pipeline.load import dump_recipe, load_recipe
 from pipeline.recipe_direct import DIRECT
-from pipeline.runner import plan, prepare, run_stage, run_stages
-from pipeline.stage import EXIT_USER_ERROR, print_error
-from pipeline.stages import ORDER
+from pipeline.runner import plan, prepare, run_process, run_stage, run_stages, show_start
+from pipeline.stages import ORDER, run_directory
 
 _OVERRIDES = "Any recipe key can be set as `--section.key value`; the command line beats the file."
-_OPTIONS = {"--overwrite", "--help", "-h"}
+_OPTIONS = {"--overwrite", "--prepare", "--dry-run", "--help", "-h"}
 METHOD_TITLES = {
     "dpo": "Direct preference optimisation",
     "ipo": "Identity preference optimisation",
@@ -44,6 +45,9 @@ _OPTIONS_WITH_VALUE = {
     "--gpu-memory",
     "--budget-hours",
     "--results",
+    "--port",
+    "--host",
+    "--launcher",
 }
 
 
@@ -118,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in (*ORDER, *DIRECT):
         added = with_recipe(command(name, texts[name], _stage(name)))
         added.add_argument("--overwrite", action="store_true", help="replace a stage made from something else")
+        added.add_argument("--prepare", action="store_true", help="start nothing; say how to start the ranks by hand")
     added = with_recipe(command("run", "Run the stages in order.", _run))
     added.add_argument("--stages", default=",".join(ORDER), help="comma-separated, in order (default: %(default)s)")
     added.add_argument("--overwrite", action="store_true", help="replace stages made from something else")
@@ -128,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     added = with_recipe(command("evaluate", "Measure a policy on the held-out prompts.", _evaluate))
     added.add_argument("--policy", default="", help="checkpoint to measure (default: the PPO stage's)")
     added.add_argument("--overwrite", action="store_true", help="replace an evaluation of something else")
+    _serve_command(with_recipe(command("serve", "Serve a policy with vLLM for `rollout.mode: server`.", _serve)))
+    _launch_command(with_recipe(command("launch", "Submit the stages to a Slurm cluster, one job each.", _launch)))
+    added = command("status", "Say how the stages of a run are, in jobs or not.", _status)
+    added.add_argument("run", metavar="RUN", help="a run directory, such as runs/demo, or its recipe")
     _advise_command(with_recipe(command("advise", "Recommend a method for this data, with reasons.", _advise)))
     added = command("chat", "Talk to a policy in the terminal, or to two side by side.", _chat)
     added.add_argument("policy", help="a stage's directory, such as runs/demo/ppo, or a hub id")
@@ -145,6 +154,20 @@ def _compare_command(added: argparse.ArgumentParser) -> None:
     added.add_argument("--budget", help="held equal: steps=N, tokens=N or seconds=N; recipe (compare.budget)")
     added.add_argument("--lm-eval", action="append", default=[], metavar="METHOD=FILE", help="lm-eval results to show")
     added.add_argument("--overwrite", action="store_true", help="replace stages made from something else")
+
+
+def _serve_command(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--policy", default="", help="checkpoint of the model (default: ppo.policy, else the SFT stage's)"
+    )
+    added.add_argument("--port", type=int, help="port (default: that of rollout.server.url)")
+    added.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+
+
+def _launch_command(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--stages", default=",".join(ORDER), help="comma-separated, in order (default: %(default)s)")
+    added.add_argument("--launcher", default="slurm", help="slurm, or jobset: a Kubernetes YAML, only written")
+    added.add_argument("--dry-run", action="store_true", help="write the job scripts and submit nothing")
 
 
 def _advise_command(added: argparse.ArgumentParser) -> None:
@@ -188,7 +211,8 @@ def _plan(options: argparse.Namespace) -> None:
 def _stage(name: str) -> Callable[[argparse.Namespace], None]:
     def act(options: argparse.Namespace) -> None:
         recipe = load_recipe(options.recipe, options.overrides)
-        run_stage(recipe, name, overwrite=options.overwrite, command=options.command, inputs={})
+        start = show_start if options.prepare else run_process
+        run_stage(recipe, name, overwrite=options.overwrite, command=options.command, inputs={}, start=start)
 
     return act
 
@@ -200,6 +224,25 @@ def _run(options: argparse.Namespace) -> None:
     if unknown:
         raise UserError(f"--stages: unknown stage '{unknown[0]}'.", mend=f"Stages are {', '.join((*ORDER, *DIRECT))}.")
     run_stages(recipe, stages, overwrite=options.overwrite, command=options.command)
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from pipeline.launch.submit import Request, launch
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    stages = options.stages.split(",")
+    launch(recipe, Request(options.recipe, options.overrides, stages, options.launcher, options.dry_run))
+
+
+def _status(options: argparse.Namespace) -> None:
+    from pipeline.launch.status import status
+
+    run = Path(options.run)
+    if run.suffix in (".yaml", ".yml") and not run.is_dir():
+        status(run_directory(load_recipe(run, options.overrides)))
+    else:
+        _no_overrides(options)
+        status(run)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -221,6 +264,15 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     _of_policy("generate", options)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from rollout.serve import serve
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    policy = options.policy or recipe.ppo.policy or str(run_directory(recipe) / "sft")
+    port = options.port or urlsplit(recipe.rollout.server.url).port or 80
+    serve(recipe, policy, options.host, port, lambda line: print(line, flush=True))  # noqa: T201
 
 
 def _evaluate(options: argparse.Namespace) -> None:
