@@ -94,7 +94,7 @@ class Facts:
     start: Start = "unknown"
     parameters: int | None = None
     weight_bytes: int = 4
-    """Bytes of one parameter in `model.dtype`."""
+    """Bytes of one parameter in `model.dtype`, that of a base which all roles of PPO share; all else is float32."""
     lora: tuple[str, ...] = ()
     """Direct methods that the recipe trains as an adapter."""
     ppo_copies: int = 10
@@ -165,14 +165,15 @@ class Facts:
         return not self.small_model and (self.gpus == 0 or few)
 
     def weights_gib(self, method: str) -> float | None:
-        """GiB of weights, gradients and two Adam moments, all in `model.dtype`; None for a model of unknown size.
+        """GiB of weights, gradients and two Adam moments; None for a model of unknown size.
 
         A trained model counts four times, a frozen one once, an adapter nothing.
         """
         if self.parameters is None:
             return None
         copies = self.ppo_copies if method == "ppo" else 1 if method in self.lora else COPIES[method]
-        return self.parameters * self.weight_bytes * copies / 2**30
+        shared_base = method == "ppo" and copies == PPO_COPIES["lora"]
+        return self.parameters * (self.weight_bytes if shared_base else FLOAT32) * copies / 2**30
 
     def fits(self, method: str) -> bool:
         """Whether `weights_gib` leaves room on the GPUs; True where that is not known."""
@@ -189,6 +190,7 @@ class Facts:
         return {**given, "lora": list(self.lora), **signals}
 
 
+FLOAT32 = 4
 COPIES = {"sft": 4, "contrast": 4, "ift": 4, "simpo": 4, "orpo": 4, "dpo": 5, "ipo": 5, "kto": 5}
 """Weights in memory, in copies of the model: 4 for one in training, 1 for a frozen one."""
 PPO_COPIES = {"full": 10, "lora_policy": 6, "lora": 1}

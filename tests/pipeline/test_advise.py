@@ -128,7 +128,7 @@ def test_adapters_need_a_fraction(tmp_path: Path) -> None:
     dumped["model"]["dtype"] = "bfloat16"
     found = read_facts(Recipe.model_validate(dumped))
     assert [found.weights_gib(method) for method in ("dpo", "ppo", "ipo")] == pytest.approx(
-        [1.8626, 1.8626, 9.3132], abs=1e-3
+        [3.7253, 1.8626, 18.6265], abs=1e-3
     )
 
 
