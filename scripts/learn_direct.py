@@ -24,9 +24,9 @@ from pipeline.errors import UserError
 from pipeline.evaluation.measures import Estimate
 from pipeline.evaluation.policy_eval import PolicyReport
 from pipeline.evaluation.saved import load_reports
+from pipeline.exits import EXIT_USER_ERROR, print_error
 from pipeline.recipe import Recipe
 from pipeline.recipe_direct import DIRECT
-from pipeline.stage import EXIT_USER_ERROR, print_error
 from policy.likelihoods import Likelihoods, likelihoods
 from scripts.learn_ppo import Experiment, split_words
 from scripts.learn_ppo_report import Grid

@@ -27,10 +27,10 @@ from pipeline.errors import UserError
 from pipeline.evaluation.judges import load_judges
 from pipeline.evaluation.policy_eval import PolicyReport, SampledResponses, measure, sample_responses
 from pipeline.evaluation.saved import load_report, load_reports
+from pipeline.exits import EXIT_USER_ERROR, print_error
 from pipeline.load import load_recipe
 from pipeline.recipe import Recipe
 from pipeline.runner import run_stage
-from pipeline.stage import EXIT_USER_ERROR, print_error
 from pipeline.tokens import Encoder, encode_prompts, load_tokenizer
 from reward_model.score import load_reward_model, read_normalisation, score_responses
 from rollout.open import open_engine

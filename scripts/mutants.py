@@ -21,8 +21,10 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,9 +32,10 @@ import torch
 from scripts.mutants_direct import DIRECT
 from scripts.mutants_list import MUTANTS as LISTED
 from scripts.mutants_list import Mutant
+from scripts.mutants_ranks import RANKS
 from scripts.mutants_stats import STATS
 
-MUTANTS = LISTED + DIRECT + STATS
+MUTANTS = LISTED + DIRECT + RANKS + STATS
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "policy", "reward_model", "rollout", "tests")
 FIXTURES = "tests.policy.conftest"
@@ -74,6 +77,18 @@ class Fixtures:
         session.config.pluginmanager.register(importlib.import_module(FIXTURES), FIXTURES)
 
 
+@contextlib.contextmanager
+def _processes_allowed() -> Iterator[None]:
+    """Tests of several ranks may start processes, which this one, a worker of a pool, may not do and knows how to."""
+    main, settings = sys.modules["__main__"], vars(multiprocessing.current_process())["_config"]
+    settings["daemon"] = False
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
     """Runs pytest in `tree`, in this process, which must not have imported the project."""
     os.chdir(tree)
@@ -82,7 +97,7 @@ def _run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
     arguments = ["-x", "-q", "--no-header", "--noconftest", "--assert=plain", "-p", "no:cacheprovider"]
     arguments += ["--hypothesis-seed=0", f"--timeout={SECONDS}"]
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), _processes_allowed():
         code = pytest.main([*arguments, *tests], plugins=[Fixtures()])
     loaded = [str(module.__file__) for module in list(sys.modules.values()) if "__file__" in vars(module)]
     strangers = [file for file in loaded if any(file.startswith(f"{ROOT / name}{os.sep}") for name in PACKAGES)]

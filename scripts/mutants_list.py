@@ -281,7 +281,7 @@ EXPERIENCE = of(
     ("scores = missing_eos_penalty(scores, batch.finished, ppo.missing_eos_penalty)", "pass"),
     ("scores.clamp(-ppo.score_clip, ppo.score_clip)", "scores.clamp(max=ppo.score_clip)"),
     ("reuse=ppo.num_minibatches == 1", "reuse=True"),
-    ("reuse and graphs * _padded_tokens(batch, slices) <= roles.max_tokens", "reuse"),
+    ("reuse and graphs * most_padded_tokens(batch, roles.max_tokens, roles.ranks) <= roles.max_tokens", "reuse"),
     ("graphs = 1 if roles.critic.on_policy else 2", "graphs = 1"),
     (
         "with roles.acting_as_reference():\n        return policy_logprobs(roles, roles.reference,",
