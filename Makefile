@@ -24,8 +24,8 @@ RUN_DIRECTORY := import sys; from pipeline import load, stages; \
 # Stages follow one another and share the machine: `make -j` never runs two of them at once.
 .NOTPARALLEL:
 .PHONY: help setup lock upgrade sft rm ppo dpo ipo kto simpo orpo ift contrast run doctor demo-data demo-base \
-        compare bench bench-ppo bench-direct learn-ppo learn-direct frozen-lake \
-        format lint type test test-all check mutants clean-run
+        compare serve estimate bench bench-ppo bench-direct bench-stage learn-ppo learn-direct frozen-lake \
+        format lint type test test-all test-cluster kill-soak check mutants clean-run
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,12 @@ compare: $(READY) ## several methods and seeds on the same split, prompts and ju
 doctor: $(READY) ## versions, devices, engines; what is wrong and how to mend it
 	$(BIN)/tristage doctor
 
+serve: $(READY) ## a vLLM server that rolls out for rollout.mode: server
+	$(BIN)/tristage serve $(RECIPE) $(ARGS)
+
+estimate: $(READY) ## memory per GPU and time per update of a plan: ARGS='8b 8 --machines 2'
+	$(BIN)/python -m scripts.estimate $(ARGS)
+
 demo-data: $(READY) ## build the demo's data set in data/demo
 	$(BIN)/python -m scripts.demo_data data/demo
 
@@ -79,6 +85,9 @@ bench-ppo: $(READY) ## PPO's cost per update beside TRL's
 
 bench-direct: $(READY) ## the direct methods' CPU time and memory per step beside TRL's
 	$(BIN)/python -m scripts.bench_direct $(ARGS)
+
+bench-stage: $(READY) ## the ppo stage as it is run: phases, memory, a resume, beside the estimate
+	$(BIN)/python -m scripts.bench_stage $(ARGS)
 
 learn-ppo: $(READY) ## does PPO learn: 3 seeds against SFT and best of 16, the frontier, a broken reward
 	$(BIN)/python -m scripts.learn_ppo $(RECIPE) $(ARGS)
@@ -108,6 +117,12 @@ check: test ## what the continuous integration runs
 
 test-all: lint type ## lint, types and every test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+test-cluster: $(READY) ## launched stages on a real Slurm and on two hosts, all on this machine (root, Slurm's packages)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/cluster $(ARGS)
+
+kill-soak: $(READY) ## kill -9 at random moments of a whole pipeline, each followed by the same command
+	$(BIN)/python -m scripts.kill_soak $(ARGS)
 
 mutants: $(READY) ## break the maths on purpose: every mutant must turn a test red
 	$(BIN)/python -m scripts.mutants $(ARGS)
