@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipeline.artifacts import sync_directory
 from rollout.engine import one_line
 
 INDEX = "model.safetensors.index.json"
@@ -96,15 +97,15 @@ def write_weights(
         for number, shard in enumerate(_shards(named, dtype, shard_bytes)):
             name = f"model-{number:05d}.safetensors"
             save_file(shard, partial / name, metadata={"format": "pt"})
-            _flush(partial / name)
+            sync_directory(partial / name)
             weight_map |= dict.fromkeys(shard, name)
             total += sum(tensor.nbytes for tensor in shard.values())
         with (partial / INDEX).open("w", encoding="utf-8") as stream:
             json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, stream)
-        _flush(partial / INDEX)
-        _flush(partial)
+        sync_directory(partial / INDEX)
+        sync_directory(partial)
         partial.rename(directory)
-        _flush(directory.parent)
+        sync_directory(directory.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -230,12 +231,3 @@ def _remove_unless_held(file: Path) -> None:
         if os.fstat(stream.fileno()).st_nlink:
             shutil.rmtree(file.with_suffix(""), ignore_errors=True)
             file.unlink()
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk, a directory's entries included."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
